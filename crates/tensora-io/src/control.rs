@@ -1,0 +1,101 @@
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::{Error, Result};
+
+/// Stops loads from another thread. Clones share one state; a token cannot be reset.
+#[derive(Clone, Debug, Default)]
+pub struct CancelToken(Arc<AtomicBool>);
+
+impl CancelToken {
+    /// A token that is not cancelled.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Asks every load that holds this token to stop. Reads already handed to the kernel are waited
+    /// for; no new ones are issued.
+    pub fn cancel(&self) {
+        self.0.store(true, Ordering::Release);
+    }
+
+    /// Whether [`cancel`](Self::cancel) was called.
+    pub fn is_cancelled(&self) -> bool {
+        self.0.load(Ordering::Acquire)
+    }
+}
+
+/// Called with the number of bytes that have just arrived, from whichever worker received them.
+type ProgressFn = dyn Fn(u64) + Send + Sync;
+
+/// How a caller watches and stops a batch. The default neither watches nor stops.
+#[derive(Clone, Default)]
+pub struct Control {
+    cancel: CancelToken,
+    progress: Option<Arc<ProgressFn>>,
+}
+
+impl Control {
+    /// Neither watches nor stops.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Stops the batch when `token` is cancelled.
+    #[must_use]
+    pub fn with_cancel(mut self, token: CancelToken) -> Self {
+        self.cancel = token;
+        self
+    }
+
+    /// Calls `progress` with the number of bytes of each read that has arrived (not a running total).
+    /// The numbers of a successful batch add up to its bytes. Calls come from several threads at
+    /// once and hold up the worker that makes them.
+    #[must_use]
+    pub fn with_progress(mut self, progress: impl Fn(u64) + Send + Sync + 'static) -> Self {
+        self.progress = Some(Arc::new(progress));
+        self
+    }
+
+    /// The token that stops the batch.
+    pub fn cancel_token(&self) -> &CancelToken {
+        &self.cancel
+    }
+
+    /// Whether the batch shall stop.
+    pub fn is_cancelled(&self) -> bool {
+        self.cancel.is_cancelled()
+    }
+
+    /// `Err` when the batch shall stop: for implementors, between reads.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Cancelled`] after the token was cancelled.
+    pub fn check(&self) -> Result<()> {
+        if self.is_cancelled() {
+            Err(Error::Cancelled)
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Reports arrived bytes: for implementors, after each read.
+    pub fn advance(&self, bytes: u64) {
+        if bytes > 0
+            && let Some(progress) = &self.progress
+        {
+            progress(bytes);
+        }
+    }
+}
+
+impl fmt::Debug for Control {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Control")
+            .field("cancelled", &self.is_cancelled())
+            .field("progress", &self.progress.is_some())
+            .finish()
+    }
+}

@@ -1,0 +1,192 @@
+use std::io;
+use std::path::{Path, PathBuf};
+
+use crate::BackendKind;
+
+/// What went wrong, on which file, at which offset, and what to do about it.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A system call on a file failed.
+    #[error("{operation} {} failed: {source}{}", .path.display(), remedy(.source))]
+    File {
+        /// What was attempted, as a verb: `open`, `stat`, `map`.
+        operation: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// The operating system's answer.
+        source: io::Error,
+    },
+
+    /// Reading a range of a file failed.
+    #[error("read {} at offset {offset} ({length} bytes) failed: {source}{}", .path.display(), remedy(.source))]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Where in the file the failing read began, in bytes.
+        offset: u64,
+        /// How many bytes were asked for there.
+        length: u64,
+        /// The operating system's answer.
+        source: io::Error,
+    },
+
+    /// A file ended before the range that was asked for did.
+    #[error(
+        "{} ends at byte {actual_end}, but bytes {offset}..{expected_end} were asked for: \
+         the file is truncated, or was replaced or shortened while it was read; \
+         fetch it again or re-create it",
+        .path.display()
+    )]
+    UnexpectedEof {
+        /// The file.
+        path: PathBuf,
+        /// Begin of the range asked for, in bytes.
+        offset: u64,
+        /// End of the range asked for, in bytes.
+        expected_end: u64,
+        /// Where the file was found to end, in bytes.
+        actual_end: u64,
+    },
+
+    /// A path is a directory, FIFO, socket or device, where only a regular file can be read.
+    #[error("{} is a {found}, not a regular file; name a file", .path.display())]
+    NotARegularFile {
+        /// The path.
+        path: PathBuf,
+        /// What it is instead.
+        found: &'static str,
+    },
+
+    /// A path named one file when it was opened and another one when it was opened again.
+    #[error(
+        "{} was replaced while it was being opened (device and inode differ); \
+         let the writer finish, then load again",
+        .path.display()
+    )]
+    Replaced {
+        /// The path.
+        path: PathBuf,
+    },
+
+    /// Direct I/O was required, and this file cannot be read that way.
+    #[error(
+        "direct I/O is required, but {} cannot be read with it: {reason}; \
+         use the policy `preferred` to fall back to buffered reads",
+        .path.display()
+    )]
+    DirectUnsupported {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        reason: String,
+    },
+
+    /// A backend cannot run on this machine, or was left out of this build.
+    #[error("the {backend} backend is unavailable: {reason}; {remedy}")]
+    BackendUnavailable {
+        /// The backend.
+        backend: BackendKind,
+        /// Why it cannot run.
+        reason: String,
+        /// What would make it run, or what to use instead.
+        remedy: String,
+    },
+
+    /// A transfer parameter lies outside its range.
+    #[error("{parameter} = {value} is outside {min}..={max}")]
+    InvalidParameter {
+        /// Name of the parameter, with its unit.
+        parameter: &'static str,
+        /// The value given.
+        value: u64,
+        /// The smallest value allowed.
+        min: u64,
+        /// The largest value allowed.
+        max: u64,
+    },
+
+    /// A range ends past what a 64-bit file offset can express.
+    #[error("the range at offset {offset} with {length} bytes of {} overflows a file offset", .path.display())]
+    RangeOverflow {
+        /// The file.
+        path: PathBuf,
+        /// Begin of the range, in bytes.
+        offset: u64,
+        /// Length of the range, in bytes.
+        length: u64,
+    },
+
+    /// Memory for the destination or for a buffer could not be had.
+    #[error("allocating {bytes} bytes of {purpose} failed: {source}")]
+    Memory {
+        /// How many bytes were asked for.
+        bytes: u64,
+        /// What they were for.
+        purpose: &'static str,
+        /// The operating system's answer.
+        source: io::Error,
+    },
+
+    /// A thread, runtime or ring that a backend works with could not be made or failed.
+    #[error("the {backend} backend failed to {operation}: {source}")]
+    Backend {
+        /// The backend.
+        backend: BackendKind,
+        /// What it was doing.
+        operation: &'static str,
+        /// The operating system's answer.
+        source: io::Error,
+    },
+
+    /// The caller's cancellation token was set; nothing is in flight any more.
+    #[error("cancelled")]
+    Cancelled,
+}
+
+/// The result of an operation of this crate.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+impl Error {
+    pub(crate) fn file(operation: &'static str, path: &Path, source: impl Into<io::Error>) -> Self {
+        Self::File {
+            operation,
+            path: path.to_owned(),
+            source: source.into(),
+        }
+    }
+
+    /// Whether the caller's own cancellation is the reason.
+    pub fn is_cancelled(&self) -> bool {
+        matches!(self, Self::Cancelled)
+    }
+
+    /// The file that the error is about, where there is one.
+    pub fn path(&self) -> Option<&Path> {
+        match self {
+            Self::File { path, .. }
+            | Self::Read { path, .. }
+            | Self::UnexpectedEof { path, .. }
+            | Self::NotARegularFile { path, .. }
+            | Self::Replaced { path }
+            | Self::DirectUnsupported { path, .. }
+            | Self::RangeOverflow { path, .. } => Some(path),
+            _ => None,
+        }
+    }
+}
+
+/// What a user can do about the answers that the operating system gives most often.
+fn remedy(source: &io::Error) -> &'static str {
+    match source.kind() {
+        io::ErrorKind::NotFound => "; check the path, or whether a download is incomplete",
+        io::ErrorKind::PermissionDenied => {
+            "; check the permissions of the file and its directories"
+        }
+        _ if source.raw_os_error() == Some(EMFILE) => "; raise the limit on open files (ulimit -n)",
+        _ => "",
+    }
+}
+
+/// "Too many open files", the same number on every Unix.
+const EMFILE: i32 = 24;

@@ -1,0 +1,148 @@
+use std::fs::{File, OpenOptions};
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+use crate::direct::{self, DirectFile};
+use crate::{DirectSupport, Error, Result};
+
+/// A regular file, opened for reading.
+///
+/// The descriptor is opened once and kept, so a path that is renamed or replaced later does not
+/// change what is read. A second descriptor, for direct I/O, is opened on first need and checked to
+/// be the same file.
+#[derive(Debug)]
+pub struct SourceFile {
+    path: PathBuf,
+    file: File,
+    len: u64,
+    direct: OnceLock<Result<DirectFile, String>>,
+}
+
+impl SourceFile {
+    /// Opens `path`, following symlinks. Never blocks on a FIFO or a device.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::File`] when it cannot be opened, [`Error::NotARegularFile`] when it is something else.
+    pub fn open(path: impl Into<PathBuf>) -> Result<Self> {
+        let path = path.into();
+        let (file, metadata) = open_regular(&path)?;
+        Ok(Self {
+            len: metadata.len(),
+            path,
+            file,
+            direct: OnceLock::new(),
+        })
+    }
+
+    /// The path it was opened by.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Its length when it was opened, in bytes.
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Whether its length was 0 when it was opened.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Its length now, in bytes.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::File`] when the descriptor cannot be examined.
+    pub fn current_len(&self) -> Result<u64> {
+        Ok(self
+            .file
+            .metadata()
+            .map_err(|source| Error::file("stat", &self.path, source))?
+            .len())
+    }
+
+    /// Whether it can be read with direct I/O, found out on the first call and then remembered.
+    pub fn direct_support(&self) -> DirectSupport {
+        match self.direct() {
+            Ok(direct) => DirectSupport::Supported {
+                offset_align_bytes: direct.offset_align_bytes,
+                memory_align_bytes: direct.memory_align_bytes,
+            },
+            Err(reason) => DirectSupport::Unsupported {
+                reason: reason.to_owned(),
+            },
+        }
+    }
+
+    /// The descriptor for buffered reads.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// The descriptor for direct reads and its alignment, or why there is none.
+    pub(crate) fn direct(&self) -> Result<&DirectFile, &str> {
+        self.direct
+            .get_or_init(|| direct::open(&self.path, &self.file))
+            .as_ref()
+            .map_err(String::as_str)
+    }
+}
+
+/// Opens a regular file without ever blocking on what is none.
+fn open_regular(path: &Path) -> Result<(File, std::fs::Metadata)> {
+    let mut options = OpenOptions::new();
+    options.read(true);
+    #[cfg(all(target_os = "linux", not(tensora_portable)))]
+    {
+        use std::os::unix::fs::OpenOptionsExt;
+        // A FIFO without a writer, or a device, would otherwise hold up the open itself. The flag has
+        // no effect on the reads of a regular file.
+        options.custom_flags(rustix::fs::OFlags::NONBLOCK.bits().cast_signed());
+    }
+    #[cfg(not(all(target_os = "linux", not(tensora_portable))))]
+    {
+        // Without that flag, look before opening; the descriptor is looked at again below.
+        let metadata =
+            std::fs::metadata(path).map_err(|source| Error::file("open", path, source))?;
+        require_regular(path, &metadata)?;
+    }
+    let file = options
+        .open(path)
+        .map_err(|source| Error::file("open", path, source))?;
+    let metadata = file
+        .metadata()
+        .map_err(|source| Error::file("stat", path, source))?;
+    require_regular(path, &metadata)?;
+    Ok((file, metadata))
+}
+
+fn require_regular(path: &Path, metadata: &std::fs::Metadata) -> Result<()> {
+    if metadata.is_file() {
+        return Ok(());
+    }
+    Err(Error::NotARegularFile {
+        path: path.to_owned(),
+        found: kind_of(metadata),
+    })
+}
+
+fn kind_of(metadata: &std::fs::Metadata) -> &'static str {
+    if metadata.is_dir() {
+        return "directory";
+    }
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::FileTypeExt;
+        let kind = metadata.file_type();
+        if kind.is_fifo() {
+            return "FIFO";
+        } else if kind.is_socket() {
+            return "socket";
+        } else if kind.is_block_device() || kind.is_char_device() {
+            return "device";
+        }
+    }
+    "special file"
+}

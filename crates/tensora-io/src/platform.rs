@@ -1,0 +1,229 @@
+use crate::{BackendKind, Error};
+
+/// Whether something works here and, if not, why and what to do about it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(tag = "status", rename_all = "kebab-case"))]
+pub enum Availability {
+    /// It works: this was tried, not assumed.
+    Available,
+    /// It does not.
+    Unavailable {
+        /// What stands in the way.
+        reason: String,
+        /// What would remove it, or what to use instead.
+        remedy: String,
+    },
+}
+
+impl Availability {
+    /// Whether it works.
+    pub fn is_available(&self) -> bool {
+        matches!(self, Self::Available)
+    }
+}
+
+/// Use of transparent huge pages for anonymous memory
+/// (`/sys/kernel/mm/transparent_hugepage/enabled`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "kebab-case"))]
+pub enum HugePages {
+    /// For all memory.
+    Always,
+    /// For memory that asks for it, as [`Region`](crate::Region) does.
+    Madvise,
+    /// Never.
+    Never,
+    /// The system does not tell.
+    Unknown,
+}
+
+/// Memory that a load may use.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[non_exhaustive]
+pub struct MemoryFacts {
+    /// Physical memory of the machine, in bytes.
+    pub total_bytes: Option<u64>,
+    /// What the machine can still give without swapping (`MemAvailable`), in bytes.
+    pub available_bytes: Option<u64>,
+    /// The tightest control-group limit above this process, in bytes; `None` when unlimited or unknown.
+    pub cgroup_limit_bytes: Option<u64>,
+    /// What that group leaves: the limit less the use that cannot be reclaimed, in bytes.
+    pub cgroup_available_bytes: Option<u64>,
+}
+
+impl MemoryFacts {
+    /// What a load may use: the tighter of the machine's and the control group's remainder, in bytes,
+    /// with the name of the source of that figure. `None` when neither is known.
+    pub fn usable_bytes(&self) -> Option<(u64, &'static str)> {
+        let machine = self.available_bytes.map(|bytes| (bytes, "machine"));
+        let cgroup = self.cgroup_available_bytes.map(|bytes| (bytes, "cgroup"));
+        match (machine, cgroup) {
+            (Some(machine), Some(cgroup)) => Some(if cgroup.0 < machine.0 {
+                cgroup
+            } else {
+                machine
+            }),
+            (machine, cgroup) => machine.or(cgroup),
+        }
+    }
+}
+
+/// Facts about the machine and about this process on it. What the system does not tell is `None`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[non_exhaustive]
+pub struct Platform {
+    /// Operating system, as Rust names it (`linux`).
+    pub os: String,
+    /// Kernel release (`uname -r`).
+    pub kernel: Option<String>,
+    /// Processors that this process may use, after affinity and control-group quota; at least 1.
+    pub cpus: u32,
+    /// Size of an ordinary page, in bytes.
+    pub page_bytes: u64,
+    /// Huge pages for anonymous memory.
+    pub huge_pages: HugePages,
+    /// Memory that a load may use.
+    pub memory: MemoryFacts,
+    /// Soft limit on locked memory, in bytes; `None` when unlimited or unknown.
+    pub memlock_bytes: Option<u64>,
+    /// Soft limit on open files; `None` when unlimited or unknown.
+    pub open_files: Option<u64>,
+    /// Every backend, in the order of [`BackendKind::ALL`].
+    pub backends: Vec<BackendFact>,
+    /// Where the files of a checkpoint live, once probed.
+    pub storage: Option<StorageFacts>,
+}
+
+impl Platform {
+    /// A machine of which nothing is known but its processors and which backends work: the base for
+    /// facts that come from elsewhere than a probe, tests above all.
+    pub fn unknown(cpus: u32, backends: Vec<BackendFact>) -> Self {
+        Self {
+            os: "unknown".to_owned(),
+            kernel: None,
+            cpus: cpus.max(1),
+            page_bytes: 4096,
+            huge_pages: HugePages::Unknown,
+            memory: MemoryFacts::default(),
+            memlock_bytes: None,
+            open_files: None,
+            backends,
+            storage: None,
+        }
+    }
+
+    /// Whether `kind` works here, and why not.
+    pub fn availability(&self, kind: BackendKind) -> Option<&Availability> {
+        self.backends
+            .iter()
+            .find(|fact| fact.kind == kind)
+            .map(|fact| &fact.availability)
+    }
+}
+
+/// Whether a backend works here.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+pub struct BackendFact {
+    /// The backend.
+    pub kind: BackendKind,
+    /// Whether it works here.
+    pub availability: Availability,
+}
+
+/// How a file system reaches its bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "kebab-case"))]
+pub enum FileSystemClass {
+    /// On a block device of this machine.
+    Local,
+    /// In memory (tmpfs, ramfs).
+    Memory,
+    /// Over a network (NFS, CIFS, Ceph, Lustre, 9p, …).
+    Network,
+    /// Through a user-space server.
+    Fuse,
+    /// Layered over others.
+    Overlay,
+    /// Not recognised.
+    Unknown,
+}
+
+/// Facts about the place that a set of files is stored in. Where the files differ, the most
+/// restrictive answer stands here.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[non_exhaustive]
+pub struct StorageFacts {
+    /// File system type (`ext4`, `tmpfs`, `nfs`, or the magic number in hexadecimal).
+    pub file_system: String,
+    /// How it reaches its bytes.
+    pub class: FileSystemClass,
+    /// Device name (`nvme0n1`), or major:minor where it has no name.
+    pub device: Option<String>,
+    /// Whether the device has moving heads.
+    pub rotational: Option<bool>,
+    /// Whether all files can be read with direct I/O.
+    pub direct: DirectSupport,
+    /// Bytes of these files, by their lengths.
+    pub file_bytes: u64,
+    /// Bytes of these files that are in the page cache; `None` when the system does not tell.
+    pub resident_bytes: Option<u64>,
+}
+
+impl StorageFacts {
+    /// Storage of which nothing is known, not even whether direct I/O works.
+    pub fn unknown() -> Self {
+        Self {
+            file_system: "unknown".to_owned(),
+            class: FileSystemClass::Unknown,
+            device: None,
+            rotational: None,
+            direct: DirectSupport::Unsupported {
+                reason: "not probed".to_owned(),
+            },
+            file_bytes: 0,
+            resident_bytes: None,
+        }
+    }
+}
+
+/// Whether a file can be read past the page cache, and how aligned such reads must be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(tag = "status", rename_all = "kebab-case"))]
+pub enum DirectSupport {
+    /// It can.
+    Supported {
+        /// Offsets and lengths must be multiples of this, in bytes; a power of two.
+        offset_align_bytes: u32,
+        /// Addresses must be multiples of this, in bytes; a power of two.
+        memory_align_bytes: u32,
+    },
+    /// It cannot.
+    Unsupported {
+        /// Why not.
+        reason: String,
+    },
+}
+
+impl DirectSupport {
+    /// Whether direct reads work.
+    pub fn is_supported(&self) -> bool {
+        matches!(self, Self::Supported { .. })
+    }
+}
+
+/// The answer for a backend whose cargo feature was off.
+pub(crate) fn left_out(kind: BackendKind) -> Error {
+    Error::BackendUnavailable {
+        backend: kind,
+        reason: format!("this build of tensora-io was made without the cargo feature `{kind}`"),
+        remedy: format!("enable the feature `{kind}`, or choose another backend"),
+    }
+}
