@@ -1,1 +1,29 @@
-//! tensora-formats.
+//! Checkpoint metadata of large language models: recognise, read, validate and lay out SafeTensors and
+//! ServerlessLLM checkpoints without touching tensor data.
+//!
+//! [`CheckpointIndex::open`] turns a path into files and tensors whose byte ranges are known to lie
+//! inside those files. [`safetensors_layout`], [`store_layout`] and [`partitioned_layout`] are the
+//! other direction: they plan what a writer has to put where.
+
+#![forbid(unsafe_code)]
+
+mod dtype;
+mod error;
+mod format;
+mod index;
+mod layout;
+mod note;
+mod options;
+mod safetensors;
+mod serverlessllm;
+
+pub use dtype::{Dtype, UnknownDtypeName};
+pub use error::{Error, Result};
+pub use format::{Format, UnknownFormatName};
+pub use index::{CheckpointIndex, FileEntry, TensorEntry};
+pub use layout::{
+    CheckpointLayout, PlannedFile, PlannedIndex, PlannedTensor, STORE_PARTITION_BYTES, Sharding,
+    TensorSpec, partitioned_layout, safetensors_layout, store_layout,
+};
+pub use note::Note;
+pub use options::{DuplicateNames, OpenOptions, UnlistedTensors};

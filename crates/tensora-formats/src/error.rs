@@ -1,0 +1,827 @@
+use std::fmt;
+use std::io;
+use std::path::PathBuf;
+
+use crate::{Dtype, Format};
+
+/// A `Result` whose error is this crate's [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Why a checkpoint could not be opened, parsed or laid out.
+///
+/// One variant per rule, so that a caller can react to the rule and need not read the message. The
+/// messages name the file, the tensor, the numbers and, where there is one, the remedy. Lists
+/// (`damaged`, `tensors`, …) are complete in the variant and shortened in the message.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    // --- Paths and files -------------------------------------------------------------------
+    /// The operating system refused an operation.
+    #[error("{}: could not {operation}: {source}", path.display())]
+    Io {
+        /// What was being accessed.
+        path: PathBuf,
+        /// What was being done, as a verb: `open`, `read`, `list`.
+        operation: &'static str,
+        /// The operating system's answer.
+        source: io::Error,
+    },
+    /// The path does not exist.
+    #[error("{}: no such file or directory; give a local path to a checkpoint file or directory", path.display())]
+    NotFound {
+        /// The path as given.
+        path: PathBuf,
+    },
+    /// A symbolic link points to nothing, as an interrupted Hugging Face download leaves it.
+    #[error("{}: symbolic link to {}, which does not exist; this is what an interrupted download leaves behind: download the file again", path.display(), target.display())]
+    DanglingSymlink {
+        /// The link.
+        path: PathBuf,
+        /// Where it points, as stored in the link.
+        target: PathBuf,
+    },
+    /// The path is a directory, a pipe, a socket or a device where a file is needed.
+    #[error("{}: is {kind}; a regular file is needed", path.display())]
+    NotARegularFile {
+        /// The path.
+        path: PathBuf,
+        /// What it is, with its article: `a directory`.
+        kind: &'static str,
+    },
+    /// The file is the small text that Git leaves in place of a large file.
+    #[error("{}: is a Git LFS pointer, a short text that stands in for {}; run `git lfs pull` in the repository to fetch the data", path.display(), PointedBytes(*bytes))]
+    GitLfsPointer {
+        /// The pointer file.
+        path: PathBuf,
+        /// The size of the real file in bytes, where the pointer says so.
+        bytes: Option<u64>,
+    },
+    /// The file's first bytes are those of another format.
+    #[error("{}: is {kind}, which Tensora does not read; it reads SafeTensors and ServerlessLLM checkpoints: convert the file, or download the repository's .safetensors files", path.display())]
+    ForeignFile {
+        /// The file.
+        path: PathBuf,
+        /// What it is, with its article: `a GGUF file`.
+        kind: &'static str,
+    },
+    /// A directory holds nothing that Tensora recognises.
+    #[error("{}: no checkpoint here: looked for *.safetensors.index.json, *.safetensors, tensor_index.json, rank_N/tensor_index.json and a Hugging Face cache's snapshots/; {}", path.display(), FoundInstead(found))]
+    NoCheckpoint {
+        /// The directory.
+        path: PathBuf,
+        /// What it holds instead, sorted by name.
+        found: Vec<String>,
+    },
+    /// A directory holds several SafeTensors indexes and none has the default name.
+    #[error("{}: several indexes ({}); give the path of the one you want", path.display(), FirstOf(indexes))]
+    SeveralIndexes {
+        /// The directory.
+        path: PathBuf,
+        /// The index files' names, sorted.
+        indexes: Vec<String>,
+    },
+    /// A directory holds both a SafeTensors and a ServerlessLLM checkpoint.
+    #[error("{}: holds both a SafeTensors and a ServerlessLLM checkpoint; name the format you want", path.display())]
+    SeveralFormats {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// The path holds another format than the one asked for.
+    #[error("{}: holds {found}, but {asked} was asked for", path.display())]
+    WrongFormat {
+        /// The path.
+        path: PathBuf,
+        /// The format asked for.
+        asked: Format,
+        /// The format found.
+        found: Format,
+    },
+    /// A Hugging Face cache's `refs/main` does not hold a plain directory name.
+    #[error("{}: holds {revision:?}, which cannot name a directory in snapshots/; give the path of the snapshot you want", path.display())]
+    InvalidRevision {
+        /// The `refs/main` file.
+        path: PathBuf,
+        /// Its content, shortened.
+        revision: String,
+    },
+    /// A Hugging Face cache's `refs/main` names a snapshot that is not there.
+    #[error("{}: refs/main names snapshot {revision:?}, which is not in snapshots/ ({}); download the model again, or give the path of the snapshot you want", path.display(), Present(snapshots))]
+    MissingSnapshot {
+        /// The cache directory of the repository.
+        path: PathBuf,
+        /// The name in `refs/main`.
+        revision: String,
+        /// The snapshots that are there, sorted.
+        snapshots: Vec<String>,
+    },
+    /// A Hugging Face cache has several snapshots and no `refs/main` to choose by.
+    #[error("{}: several snapshots ({}) and no refs/main to choose by; give the path of the snapshot you want", path.display(), FirstOf(snapshots))]
+    SeveralSnapshots {
+        /// The cache directory of the repository.
+        path: PathBuf,
+        /// The snapshots that are there, sorted.
+        snapshots: Vec<String>,
+    },
+    /// The `rank_N` directories are not numbered from 0 without a gap.
+    #[error("{}: rank_{missing} is missing, the ranks present are {}; restore it, or open one rank alone", path.display(), Ranks(ranks))]
+    MissingRank {
+        /// The directory that holds the ranks.
+        path: PathBuf,
+        /// The first missing rank.
+        missing: u32,
+        /// The ranks present, ascending.
+        ranks: Vec<u32>,
+    },
+    /// The rank asked for is not there.
+    #[error("{}: rank {rank} was asked for, but {}", path.display(), UnknownRankReason(ranks))]
+    UnknownRank {
+        /// The path.
+        path: PathBuf,
+        /// The rank asked for.
+        rank: u32,
+        /// The ranks present, ascending; empty if the path is no set of ranks.
+        ranks: Vec<u32>,
+    },
+    /// The ranks of one set use different formats.
+    #[error("{}: rank_0 is {first}, but rank_{rank} is {format}; the ranks of one checkpoint share a format: open one rank alone", path.display())]
+    MixedRankFormats {
+        /// The directory that holds the ranks.
+        path: PathBuf,
+        /// The format of rank 0.
+        first: Format,
+        /// The first rank that differs.
+        rank: u32,
+        /// Its format.
+        format: Format,
+    },
+
+    // --- The frame of a SafeTensors file ---------------------------------------------------
+    /// The file is shorter than the 8 bytes that give the header's length.
+    #[error("{}: {file_bytes} bytes long; a SafeTensors file starts with 8 bytes that give the header's length", path.display())]
+    FileTooShort {
+        /// The file.
+        path: PathBuf,
+        /// The file's length in bytes.
+        file_bytes: u64,
+    },
+    /// The header's length is above the format's limit.
+    #[error("{}: the first 8 bytes give a header of {header_bytes} bytes, above the limit of {limit_bytes}; this is not a SafeTensors file, or it is damaged", path.display())]
+    HeaderTooLarge {
+        /// The file.
+        path: PathBuf,
+        /// The length in the file's first 8 bytes.
+        header_bytes: u64,
+        /// The largest length allowed, 100,000,000 bytes.
+        limit_bytes: u64,
+    },
+    /// The header does not fit into the file.
+    #[error("{}: the header of {header_bytes} bytes ends past the end of the file ({file_bytes} bytes); the file is cut short or is no SafeTensors file", path.display())]
+    HeaderPastEnd {
+        /// The file.
+        path: PathBuf,
+        /// The length in the file's first 8 bytes.
+        header_bytes: u64,
+        /// The file's length in bytes.
+        file_bytes: u64,
+    },
+    /// The file ends before the data that its header describes.
+    #[error("{}: {file_bytes} bytes long, but its header describes {needed_bytes}; {} missing, damaged: {}; download or copy the file again", path.display(), Count(needed_bytes.saturating_sub(*file_bytes), "byte"), FirstOf(damaged))]
+    Truncated {
+        /// The file.
+        path: PathBuf,
+        /// The file's length in bytes.
+        file_bytes: u64,
+        /// The length in bytes that the header describes (saturating).
+        needed_bytes: u64,
+        /// The tensors whose data is not all there, in offset order.
+        damaged: Vec<String>,
+    },
+    /// The file goes on after the data that its header describes.
+    #[error("{}: {file_bytes} bytes long, but its header describes only {described_bytes}; {} left over at the end", path.display(), Count(file_bytes.saturating_sub(*described_bytes), "byte"))]
+    TrailingBytes {
+        /// The file.
+        path: PathBuf,
+        /// The file's length in bytes.
+        file_bytes: u64,
+        /// The length in bytes that the header describes.
+        described_bytes: u64,
+    },
+
+    // --- JSON: headers and indexes ---------------------------------------------------------
+    /// An index file is too large to be one.
+    #[error("{}: {bytes} bytes long, above the limit of {limit_bytes} for an index", path.display())]
+    IndexTooLarge {
+        /// The index file.
+        path: PathBuf,
+        /// Its length in bytes.
+        bytes: u64,
+        /// The largest length accepted, in bytes.
+        limit_bytes: u64,
+    },
+    /// The JSON text is not UTF-8.
+    #[error("{}: the JSON text is not UTF-8 from its byte {offset} on", path.display())]
+    NotUtf8 {
+        /// The file.
+        path: PathBuf,
+        /// The first wrong byte, counted from the start of the JSON text.
+        offset: u64,
+    },
+    /// The JSON text starts with a byte-order mark.
+    #[error("{}: the JSON text starts with a byte-order mark, which the format forbids; write it without one", path.display())]
+    ByteOrderMark {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The JSON text is padded with NUL bytes.
+    #[error("{}: the JSON text is padded with NUL bytes from its byte {offset} on; the format pads with spaces", path.display())]
+    NulPadding {
+        /// The file.
+        path: PathBuf,
+        /// The first NUL byte, counted from the start of the JSON text.
+        offset: u64,
+    },
+    /// The text is not JSON, or not of the expected form in a way that no other variant describes.
+    #[error("{}: line {line}, column {column} of the JSON text: {reason}", path.display())]
+    Json {
+        /// The file.
+        path: PathBuf,
+        /// The line within the JSON text, from 1.
+        line: usize,
+        /// The column within that line, in bytes, from 1.
+        column: usize,
+        /// What the parser found wrong there.
+        reason: String,
+    },
+    /// A value that belongs to no tensor has the wrong type.
+    #[error("{}: {key} must be {expected}, found {found}", path.display())]
+    UnexpectedValue {
+        /// The file.
+        path: PathBuf,
+        /// Where: keys joined by dots, such as `weight_map` or `__metadata__.format`.
+        key: String,
+        /// What belongs there.
+        expected: &'static str,
+        /// What is there.
+        found: &'static str,
+    },
+    /// A required key is missing from an index.
+    #[error("{}: has no {key:?}; this is no SafeTensors index", path.display())]
+    MissingKey {
+        /// The index file.
+        path: PathBuf,
+        /// The missing key.
+        key: &'static str,
+    },
+    /// A key that may appear once appears twice.
+    #[error("{}: the key {key:?} appears twice", path.display())]
+    DuplicateKey {
+        /// The file.
+        path: PathBuf,
+        /// The key.
+        key: String,
+    },
+    /// One header or index describes a tensor twice.
+    #[error("{}: tensor {tensor:?} appears twice; the format forbids it, and which one is meant is unclear", path.display())]
+    DuplicateTensor {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+    },
+
+    // --- One tensor's entry ----------------------------------------------------------------
+    /// The dtype is not one that the format has.
+    #[error("{}: tensor {tensor:?}: unknown dtype {dtype:?}", path.display())]
+    UnknownDtype {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// The dtype as it stands in the file.
+        dtype: String,
+    },
+    /// A number that counts something is negative.
+    #[error("{}: tensor {tensor:?}: negative number {value} in {field}", path.display())]
+    NegativeNumber {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// The field: `shape`, `data_offsets`, `offset`, `size`, `stride` or `partition`.
+        field: &'static str,
+        /// The number as it stands in the file.
+        value: String,
+    },
+    /// A number that counts something is written as a fraction or with an exponent.
+    #[error("{}: tensor {tensor:?}: {value} in {field} is not written as a whole number", path.display())]
+    FractionalNumber {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// The field, as in [`Error::NegativeNumber`].
+        field: &'static str,
+        /// The number as it stands in the file.
+        value: String,
+    },
+    /// A number does not fit into 64 bits.
+    #[error("{}: tensor {tensor:?}: {value} in {field} does not fit into 64 bits", path.display())]
+    NumberTooLarge {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// The field, as in [`Error::NegativeNumber`].
+        field: &'static str,
+        /// The number as it stands in the file.
+        value: String,
+    },
+    /// A required field is missing from a tensor's entry.
+    #[error("{}: tensor {tensor:?}: its entry has no {field:?}", path.display())]
+    MissingField {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// The missing field.
+        field: &'static str,
+    },
+    /// A field appears twice in a tensor's entry.
+    #[error("{}: tensor {tensor:?}: its entry has {field:?} twice", path.display())]
+    DuplicateField {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// The repeated field.
+        field: &'static str,
+    },
+    /// A field of a tensor's entry has the wrong JSON type.
+    #[error("{}: tensor {tensor:?}: {field} must be {expected}, found {found}", path.display())]
+    WrongType {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// The field, or `its entry`.
+        field: &'static str,
+        /// What belongs there.
+        expected: &'static str,
+        /// What is there.
+        found: &'static str,
+    },
+    /// `data_offsets` is not a pair.
+    #[error("{}: tensor {tensor:?}: data_offsets must hold 2 numbers, begin and end; found {count}", path.display())]
+    OffsetCount {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// How many numbers there are.
+        count: usize,
+    },
+    /// The tensor with the lowest data offset does not begin at 0.
+    #[error("{}: tensor {tensor:?}: begins at data offset {begin}, but the first tensor must begin at 0", path.display())]
+    FirstOffset {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// Where it begins, in bytes from the start of the data.
+        begin: u64,
+    },
+    /// Bytes between two tensors belong to neither.
+    #[error("{}: tensor {tensor:?}: begins at data offset {begin}, but the tensor before it, {previous:?}, ends at {previous_end}: a hole of {}", path.display(), Count(begin.saturating_sub(*previous_end), "byte"))]
+    Hole {
+        /// The file.
+        path: PathBuf,
+        /// The tensor after the hole.
+        tensor: String,
+        /// Where it begins, in bytes from the start of the data.
+        begin: u64,
+        /// The tensor before the hole.
+        previous: String,
+        /// Where that one ends.
+        previous_end: u64,
+    },
+    /// Two tensors claim the same bytes.
+    #[error("{}: tensor {tensor:?}: begins at data offset {begin}, inside or before the tensor {previous:?}, which ends at {previous_end}", path.display())]
+    Overlap {
+        /// The file.
+        path: PathBuf,
+        /// The tensor that begins too early.
+        tensor: String,
+        /// Where it begins, in bytes from the start of the data.
+        begin: u64,
+        /// The tensor before it.
+        previous: String,
+        /// Where that one ends.
+        previous_end: u64,
+    },
+    /// A tensor ends before it begins.
+    #[error("{}: tensor {tensor:?}: data_offsets [{begin}, {end}] end before they begin", path.display())]
+    ReversedOffsets {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// Where it begins, in bytes from the start of the data.
+        begin: u64,
+        /// Where it ends.
+        end: u64,
+    },
+    /// The size of a tensor, in elements or in bits, overflows 64 bits.
+    #[error("{}: tensor {tensor:?}: the size of {dtype} {shape:?} overflows 64 bits", path.display())]
+    ShapeOverflow {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// Its dtype.
+        dtype: Dtype,
+        /// Its shape.
+        shape: Vec<u64>,
+    },
+    /// A tensor of 4- or 6-bit elements does not fill whole bytes.
+    #[error("{}: tensor {tensor:?}: {dtype} {shape:?} is {bits} bits, which do not fill whole bytes", path.display())]
+    PartialByte {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// Its dtype.
+        dtype: Dtype,
+        /// Its shape.
+        shape: Vec<u64>,
+        /// Its size in bits.
+        bits: u64,
+    },
+    /// The stored size of a tensor is not that of its shape and dtype.
+    #[error("{}: tensor {tensor:?}: {dtype} {shape:?} takes {}, but {stored_bytes} are stored", path.display(), Count(*needed_bytes, "byte"))]
+    SizeMismatch {
+        /// The file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// Its dtype.
+        dtype: Dtype,
+        /// Its shape.
+        shape: Vec<u64>,
+        /// The bytes that dtype and shape need.
+        needed_bytes: u64,
+        /// The bytes that the file gives it.
+        stored_bytes: u64,
+    },
+
+    // --- SafeTensors over several files ----------------------------------------------------
+    /// A file name in an index leads, or may lead, outside the index's directory.
+    #[error("{}: tensor {tensor:?} is mapped to the file name {name:?}, which {reason}; names in an index must be relative and stay below its directory", path.display())]
+    UnsafeFileName {
+        /// The index file.
+        path: PathBuf,
+        /// A tensor mapped to it.
+        tensor: String,
+        /// The file name.
+        name: String,
+        /// What is wrong with it, as a verb phrase: `is absolute`.
+        reason: &'static str,
+    },
+    /// Shards that an index, or the numbering of the files, calls for are missing.
+    #[error("{}: {} missing: {}; download or copy them again", path.display(), Count(missing.len() as u64, "shard"), FirstOf(missing))]
+    MissingShards {
+        /// The index file, or the directory if there is no index.
+        path: PathBuf,
+        /// The missing files' names, sorted.
+        missing: Vec<String>,
+    },
+    /// The index maps a tensor to a shard that does not hold it.
+    #[error("{}: tensor {tensor:?} is mapped to {shard:?}, which does not hold it{}", path.display(), Elsewhere(found_in.as_deref(), *others))]
+    TensorNotInShard {
+        /// The index file.
+        path: PathBuf,
+        /// The first such tensor.
+        tensor: String,
+        /// The shard that the index names.
+        shard: String,
+        /// Another shard that holds it, if one does.
+        found_in: Option<String>,
+        /// How many other tensors are missing in the same way.
+        others: usize,
+    },
+    /// Two shards of one index hold the same tensor.
+    #[error("{}: tensor {tensor:?} is in two shards, {first:?} and {second:?}", path.display())]
+    TensorInTwoShards {
+        /// The index file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// One shard.
+        first: String,
+        /// The other.
+        second: String,
+    },
+    /// A shard holds tensors that the index does not list.
+    #[error("{}: the shards hold {} that the index does not list: {}; the index and the shards do not belong together, or ask to ignore unlisted tensors", path.display(), Count(tensors.len() as u64, "tensor"), FirstOf(tensors))]
+    UnlistedTensors {
+        /// The index file.
+        path: PathBuf,
+        /// The tensors, in shard and offset order.
+        tensors: Vec<String>,
+    },
+    /// Without an index, two files of a directory hold the same tensor.
+    #[error("{}: no index says which files belong together, and tensor {tensor:?} is in both {first:?} and {second:?}; give the path of the one file you want{}", path.display(), ConsolidatedHint(first, second))]
+    TensorInTwoFiles {
+        /// The directory.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// One file.
+        first: String,
+        /// The other.
+        second: String,
+    },
+
+    // --- ServerlessLLM ---------------------------------------------------------------------
+    /// An entry has neither five nor six fields.
+    #[error("{}: tensor {tensor:?}: its entry has {count} fields; the store dialect has 5 and the partitioned dialect 6", path.display())]
+    FieldCount {
+        /// The index file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// How many fields it has.
+        count: usize,
+    },
+    /// One index holds entries of both dialects.
+    #[error("{}: mixes the dialects: tensor {store:?} has 5 fields (store) and tensor {partitioned:?} has 6 (partitioned)", path.display())]
+    MixedDialects {
+        /// The index file.
+        path: PathBuf,
+        /// A tensor with five fields.
+        store: String,
+        /// A tensor with six fields.
+        partitioned: String,
+    },
+    /// A partition is missing between others, or a tensor lies in one that is not there.
+    #[error("{}: tensor.data_{partition} is missing{}; {partitions} partitions are there", path.display(), NeededBy(tensor.as_deref()))]
+    MissingPartition {
+        /// The index file.
+        path: PathBuf,
+        /// The missing partition's number.
+        partition: u64,
+        /// A tensor that lies in it; `None` where the numbering has a gap.
+        tensor: Option<String>,
+        /// How many partitions are there.
+        partitions: usize,
+    },
+    /// A tensor of the store dialect runs over the end of its partition into the next one.
+    #[error("{}: tensor {tensor:?}: bytes {offset}..{} cross the end of tensor.data_{partition} at {partition_end}; that partition is cut short, or the index belongs to other partitions", path.display(), offset.saturating_add(*bytes))]
+    CrossesPartition {
+        /// The index file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// Its global offset in bytes.
+        offset: u64,
+        /// Its stored size in bytes.
+        bytes: u64,
+        /// The partition in which it begins.
+        partition: u64,
+        /// The global offset at which that partition ends.
+        partition_end: u64,
+    },
+    /// A partition ends before the tensors that the index puts into it.
+    #[error("{}: {partition_bytes} bytes long, but the index needs {needed_bytes}; {} missing, {} damaged: {}; copy the partition again or write the checkpoint anew", path.display(), Count(needed_bytes.saturating_sub(*partition_bytes), "byte"), Count(damaged.len() as u64, "tensor"), FirstOf(damaged))]
+    PartitionTooShort {
+        /// The partition file.
+        path: PathBuf,
+        /// Its length in bytes.
+        partition_bytes: u64,
+        /// The length in bytes that the index needs.
+        needed_bytes: u64,
+        /// The tensors that are not all there, sorted by name.
+        damaged: Vec<String>,
+    },
+    /// The stride of a tensor has not one number per dimension.
+    #[error("{}: tensor {tensor:?}: {dimensions} dimensions but {strides} strides", path.display())]
+    StrideCount {
+        /// The index file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// The length of its shape.
+        dimensions: usize,
+        /// The length of its stride.
+        strides: usize,
+    },
+    /// A strided view reaches past the end of its storage.
+    #[error("{}: tensor {tensor:?}: its strided view reaches {needed_bytes} bytes, but its storage has {}", path.display(), Count(*stored_bytes, "byte"))]
+    StorageTooSmall {
+        /// The index file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// The bytes from the storage's start to the end of the last element.
+        needed_bytes: u64,
+        /// The bytes that the file gives it.
+        stored_bytes: u64,
+    },
+    /// The end of a tensor, or of its strided view, overflows 64 bits.
+    #[error("{}: tensor {tensor:?}: the end of its bytes (offset {offset}, size {bytes}) overflows 64 bits", path.display())]
+    RangeOverflow {
+        /// The index file.
+        path: PathBuf,
+        /// The tensor.
+        tensor: String,
+        /// Its offset in bytes.
+        offset: u64,
+        /// Its stored size in bytes.
+        bytes: u64,
+    },
+
+    // --- Layouts ---------------------------------------------------------------------------
+    /// Two tensors to be written have the same name.
+    #[error("tensor {tensor:?} is to be written twice; names must be unique")]
+    DuplicateSpec {
+        /// The tensor.
+        tensor: String,
+    },
+    /// A tensor to be written has the name that SafeTensors keeps for its metadata.
+    #[error(
+        "tensor {tensor:?} cannot be written to SafeTensors: the format keeps that name for its metadata"
+    )]
+    ReservedName {
+        /// The tensor.
+        tensor: String,
+    },
+    /// A tensor to be written has a size that overflows 64 bits or does not fill whole bytes.
+    #[error(
+        "tensor {tensor:?} cannot be written: {dtype} {shape:?} overflows 64 bits or does not fill whole bytes"
+    )]
+    SpecSize {
+        /// The tensor.
+        tensor: String,
+        /// Its dtype.
+        dtype: Dtype,
+        /// Its shape.
+        shape: Vec<u64>,
+    },
+    /// The format to be written has no such dtype.
+    #[error(
+        "tensor {tensor:?} cannot be written: {format} has no dtype {dtype}; write SafeTensors instead"
+    )]
+    DtypeNotInFormat {
+        /// The tensor.
+        tensor: String,
+        /// Its dtype.
+        dtype: Dtype,
+        /// The format.
+        format: Format,
+    },
+    /// The header of a file to be written would be above the format's limit.
+    #[error(
+        "{file}: its header would take {header_bytes} bytes, above the format's limit of {limit_bytes}; write more shards, or align the data less"
+    )]
+    LayoutHeaderTooLarge {
+        /// The file's name.
+        file: String,
+        /// The header's length in bytes, padding included.
+        header_bytes: u64,
+        /// The largest length allowed, in bytes.
+        limit_bytes: u64,
+    },
+    /// The data alignment asked for cannot be met.
+    #[error("data alignment of {alignment_bytes} bytes: must be 0 or a multiple of 8")]
+    DataAlignment {
+        /// The alignment asked for, in bytes.
+        alignment_bytes: u64,
+    },
+    /// The tensors together are longer than 64 bits can count.
+    #[error("tensor {tensor:?} cannot be written: the checkpoint would pass 2^64 bytes with it")]
+    LayoutOverflow {
+        /// The first tensor that does not fit.
+        tensor: String,
+    },
+}
+
+/// How many names of a list a message shows.
+const SHOWN: usize = 5;
+
+/// The first names of a list, quoted, and how many more there are.
+pub(crate) struct FirstOf<'a>(pub(crate) &'a [String]);
+
+impl fmt::Display for FirstOf<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, name) in self.0.iter().take(SHOWN).enumerate() {
+            let separator = if index == 0 { "" } else { ", " };
+            write!(f, "{separator}{name:?}")?;
+        }
+        match self.0.len().checked_sub(SHOWN) {
+            Some(more) if more > 0 => write!(f, " and {more} more"),
+            _ => Ok(()),
+        }
+    }
+}
+
+struct FoundInstead<'a>(&'a [String]);
+
+impl fmt::Display for FoundInstead<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.0.is_empty() {
+            f.write_str("the directory is empty")
+        } else {
+            write!(f, "found {}", FirstOf(self.0))
+        }
+    }
+}
+
+struct Present<'a>(&'a [String]);
+
+impl fmt::Display for Present<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.0.is_empty() {
+            f.write_str("none is there")
+        } else {
+            write!(f, "there: {}", FirstOf(self.0))
+        }
+    }
+}
+
+struct Ranks<'a>(&'a [u32]);
+
+impl fmt::Display for Ranks<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let names: Vec<String> = self.0.iter().map(u32::to_string).collect();
+        f.write_str(&names.join(", "))
+    }
+}
+
+struct UnknownRankReason<'a>(&'a [u32]);
+
+impl fmt::Display for UnknownRankReason<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.0.is_empty() {
+            f.write_str("the path is no set of rank_N directories; open it without a rank")
+        } else {
+            write!(f, "the ranks present are {}", Ranks(self.0))
+        }
+    }
+}
+
+struct PointedBytes(Option<u64>);
+
+impl fmt::Display for PointedBytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            Some(bytes) => write!(f, "a file of {bytes} bytes"),
+            None => f.write_str("the real file"),
+        }
+    }
+}
+
+struct Elsewhere<'a>(Option<&'a str>, usize);
+
+impl fmt::Display for Elsewhere<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(shard) = self.0 {
+            write!(f, " ({shard:?} does)")?;
+        }
+        if self.1 > 0 {
+            write!(f, "; the same is true of {} more", self.1)?;
+        }
+        f.write_str("; the index and the shards do not belong together: download both again")
+    }
+}
+
+struct NeededBy<'a>(Option<&'a str>);
+
+impl fmt::Display for NeededBy<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            Some(tensor) => write!(f, ", and tensor {tensor:?} lies in it"),
+            None => f.write_str(" between others"),
+        }
+    }
+}
+
+/// Mistral's repositories hold the model twice; the message says so where the name gives it away.
+struct ConsolidatedHint<'a>(&'a str, &'a str);
+
+impl fmt::Display for ConsolidatedHint<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.0.starts_with("consolidated") != self.1.starts_with("consolidated") {
+            f.write_str(", or download the index (consolidated*.safetensors usually holds the whole model a second time)")?;
+        }
+        Ok(())
+    }
+}
+
+/// A number with its unit, in the plural where it needs one.
+struct Count(u64, &'static str);
+
+impl fmt::Display for Count {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let plural = if self.0 == 1 { "" } else { "s" };
+        write!(f, "{} {}{plural}", self.0, self.1)
+    }
+}

@@ -1,0 +1,100 @@
+use std::fmt;
+
+use crate::error::FirstOf;
+
+/// Something about a checkpoint that is worth telling a user and is no error.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Note {
+    /// The index states another total size than the tensors have.
+    TotalSizeDiffers {
+        /// The index file's name.
+        index: String,
+        /// `total_size` as the index states it, in bytes.
+        stated_bytes: u64,
+        /// The sum over the tensors that the index lists, in bytes.
+        actual_bytes: u64,
+    },
+    /// SafeTensors files lie beside the index, and the index does not list them.
+    FilesLeftAlone {
+        /// The files' names, sorted.
+        files: Vec<String>,
+    },
+    /// The shards hold tensors that the index does not list; they were ignored on request.
+    TensorsIgnored {
+        /// The tensors' names, in shard and offset order.
+        tensors: Vec<String>,
+    },
+    /// Shards give different values for one `__metadata__` key; the first shard's is kept.
+    MetadataConflict {
+        /// The key.
+        key: String,
+        /// The value kept.
+        kept: String,
+        /// The file whose value was dropped.
+        file: String,
+        /// The value dropped.
+        dropped: String,
+    },
+    /// Tensors are strided views and must be gathered before they can be used as plain arrays.
+    NotContiguous {
+        /// The tensors' names, sorted.
+        tensors: Vec<String>,
+    },
+    /// Tensors share all or part of their bytes with another tensor, as tied weights do.
+    SharedBytes {
+        /// The tensors' names, sorted; each shares bytes with one that is not in the list.
+        tensors: Vec<String>,
+    },
+}
+
+impl fmt::Display for Note {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::TotalSizeDiffers {
+                index,
+                stated_bytes,
+                actual_bytes,
+            } => write!(
+                f,
+                "{index} states a total_size of {stated_bytes} bytes, but its tensors have {actual_bytes}"
+            ),
+            Self::FilesLeftAlone { files } => {
+                write!(
+                    f,
+                    "left alone, the index does not list them: {}",
+                    FirstOf(files)
+                )
+            }
+            Self::TensorsIgnored { tensors } => write!(
+                f,
+                "ignored, the index does not list them ({}): {}",
+                tensors.len(),
+                FirstOf(tensors)
+            ),
+            Self::MetadataConflict {
+                key,
+                kept,
+                file,
+                dropped,
+            } => write!(
+                f,
+                "__metadata__ {key:?} differs between shards: kept {kept:?}, dropped {dropped:?} of {file}"
+            ),
+            Self::NotContiguous { tensors } => {
+                write!(
+                    f,
+                    "not contiguous ({}): {}",
+                    tensors.len(),
+                    FirstOf(tensors)
+                )
+            }
+            Self::SharedBytes { tensors } => write!(
+                f,
+                "share bytes with another tensor ({}): {}",
+                tensors.len(),
+                FirstOf(tensors)
+            ),
+        }
+    }
+}
