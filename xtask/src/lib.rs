@@ -6,4 +6,6 @@
 )]
 
 pub mod features;
+pub mod fixtures;
+pub mod presets;
 pub mod tidy;
