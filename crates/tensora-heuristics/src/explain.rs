@@ -1,0 +1,148 @@
+use std::fmt;
+
+use tensora_io::{BackendKind, DirectPolicy};
+
+use crate::planner::resident_percent;
+use crate::units::{Bytes, count};
+use crate::{AccessPattern, Decision, Plan};
+
+/// Column at which an explanation is wrapped.
+const WIDTH: usize = 100;
+/// Column at which its text begins, behind the name of the decision.
+const INDENT: usize = 13;
+
+impl fmt::Display for Plan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        wrap(f, "plan", &self.summary())?;
+        wrap(f, "load", &self.load())?;
+        wrap(f, "where", &self.whereabouts())?;
+        for decision in &self.decisions {
+            f.write_str("\n")?;
+            let chosen = match decision.field {
+                "chunk_bytes" => Bytes(self.params.chunk_bytes).to_string(),
+                _ => decision.chosen.clone(),
+            };
+            wrap(
+                f,
+                title(decision),
+                &format!("{chosen}. {}", decision.reason),
+            )?;
+            for rejection in &decision.rejected {
+                let choice = match decision.field {
+                    "chunk_bytes" => rejection.choice.parse().map_or_else(
+                        |_| rejection.choice.clone(),
+                        |bytes| Bytes(bytes).to_string(),
+                    ),
+                    _ => rejection.choice.clone(),
+                };
+                let end = if rejection.reason.ends_with('.') {
+                    ""
+                } else {
+                    "."
+                };
+                wrap(f, "", &format!("Not {choice}: {}{end}", rejection.reason))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn title(decision: &Decision) -> &'static str {
+    match decision.field {
+        "chunk_bytes" => "chunk",
+        "queue_depth" => "queue depth",
+        field => field,
+    }
+}
+
+impl Plan {
+    /// The whole plan in one sentence.
+    fn summary(&self) -> String {
+        let params = &self.params;
+        let chunk = Bytes(params.chunk_bytes);
+        let workers = u64::from(params.workers);
+        let crew = match self.backend {
+            BackendKind::Sync => count(workers, "thread"),
+            BackendKind::Async => count(workers, "task"),
+            BackendKind::IoUring => {
+                format!("{} of depth {}", count(workers, "ring"), params.queue_depth)
+            }
+            BackendKind::Mmap => count(workers, "worker"),
+        };
+        let direct = match params.direct {
+            _ if self.backend == BackendKind::Mmap => "through the page cache",
+            DirectPolicy::Never => "buffered",
+            DirectPolicy::Preferred if self.reads_direct() => "direct",
+            DirectPolicy::Preferred => "direct where possible",
+            DirectPolicy::Required => "direct or not at all",
+        };
+        format!(
+            "{} into {} memory: {crew}, chunks of {chunk}, {direct}.",
+            self.backend, self.memory
+        )
+    }
+
+    fn load(&self) -> String {
+        let workload = &self.workload;
+        let access = match workload.access {
+            AccessPattern::WholeFiles => "whole files",
+            AccessPattern::Ranges => "ranges",
+        };
+        format!(
+            "{} from {} of {}, {access}: {} in {}.",
+            Bytes(workload.read_bytes),
+            count(workload.files.into(), workload.layout.file_term()),
+            workload.layout.title(),
+            count(workload.tensors, "tensor"),
+            count(workload.requests, "request"),
+        )
+    }
+
+    fn whereabouts(&self) -> String {
+        let platform = &self.platform;
+        let storage = match &platform.storage {
+            None => "unknown storage".to_owned(),
+            Some(storage) => {
+                let device = match &storage.device {
+                    Some(device) => format!(" on {device}"),
+                    None => String::new(),
+                };
+                let resident = match resident_percent(storage) {
+                    Some(percent) => format!("{percent} %"),
+                    None => "an unknown part".to_owned(),
+                };
+                format!(
+                    "{}{device}, {resident} of it in the page cache",
+                    storage.file_system
+                )
+            }
+        };
+        let memory = match platform.memory.usable_bytes() {
+            Some((bytes, source)) => format!("{} of memory left ({source})", Bytes(bytes)),
+            None => "unknown memory".to_owned(),
+        };
+        format!(
+            "{storage}; {}; {memory}.",
+            count(platform.cpus.into(), "CPU")
+        )
+    }
+}
+
+/// Writes one labelled paragraph, wrapped between words, with a hanging indent.
+fn wrap(f: &mut fmt::Formatter<'_>, label: &str, text: &str) -> fmt::Result {
+    write!(f, "{label:INDENT$}")?;
+    let mut column = INDENT;
+    for (index, word) in text.split_whitespace().enumerate() {
+        let width = word.chars().count();
+        if index > 0 && column + 1 + width > WIDTH {
+            write!(f, "\n{:INDENT$}", "")?;
+            column = INDENT;
+        } else if index > 0 {
+            f.write_str(" ")?;
+            column += 1;
+        }
+        f.write_str(word)?;
+        column += width;
+    }
+    f.write_str("\n")
+}

@@ -1,0 +1,87 @@
+//! Every number that the planner knows, with its unit and its source.
+//!
+//! Source, where nothing else stands: docs/DESIGN.md, measurements of November 2026 (2 cores, ext4 on
+//! a virtual NVMe disk; q06 is 1.5 GB in one shard, q8 is 16.4 GB in five). They are to be derived again
+//! from archived benchmark runs; between machines even their order changes.
+
+/// Bytes from which a load of several files goes to rings: q8 took 7.4–8.4 s with rings and 8.0–9.8 s
+/// with threads, q06 0.59–0.71 s and 0.59–0.63 s. The crossing lies between; 4 GB is the regime table's.
+pub(crate) const LARGE_LOAD_BYTES: u64 = 4_000_000_000;
+
+/// Per cent of the files' bytes that must be in the page cache for the load to count as resident.
+/// Buffered with two threads: 6 GB/s from the page cache, 1 GB/s from the device (warm q06, cold q8);
+/// direct 2 to 2.5 GB/s throughout. By these figures the two meet near 75 %; the margin is there because
+/// part of the cache may be gone before it is read.
+pub(crate) const RESIDENT_PERCENT: u64 = 90;
+
+/// Total bytes below which direct I/O is not worth its alignment and scratch. Not measured: at the
+/// device's 2.5 GB/s this is less than 2 ms either way.
+pub(crate) const DIRECT_MIN_READ_BYTES: u64 = 4 << 20;
+
+/// Mean bytes per request below which direct I/O is not used. Not measured: half the kernel's default
+/// read-ahead of 128 KiB, below which each direct read waits for a device round trip that buffered
+/// neighbours share, and the rounding to blocks at both ends is no longer small.
+pub(crate) const DIRECT_MIN_MEAN_REQUEST_BYTES: u64 = 64 << 10;
+
+/// Largest read of direct threads, tasks and rings, in bytes: the size of every best cold case.
+pub(crate) const DEVICE_CHUNK_BYTES: u64 = 1 << 20;
+
+/// Largest read of a buffered copy, in bytes: warm q06 in 0.24 s with 2 threads.
+pub(crate) const COPY_CHUNK_BYTES: u64 = 4 << 20;
+
+/// Bytes that one worker of the mmap backend populates at a time: q06 warm in 12 ms with 8 workers.
+pub(crate) const MAP_CHUNK_BYTES: u64 = 4 << 20;
+
+/// Largest read from a server, in bytes. Not measured: several of the largest transfers of NFS and SMB
+/// (1 MiB and 8 MiB), so that read-ahead sees one long sequence.
+pub(crate) const SERVER_CHUNK_BYTES: u64 = 8 << 20;
+
+/// Most reads at one server at once. Not measured: enough to hide a round trip, too few to make the
+/// server seek between streams.
+pub(crate) const SERVER_MAX_READS: u32 = 4;
+
+/// Threads or tasks of a direct load: 16 MiB in flight saturated the device.
+pub(crate) const DEVICE_WORKERS: u32 = 16;
+
+/// Fewest threads of a buffered copy: with one, page faults and the copy wait for each other.
+pub(crate) const COPY_MIN_WORKERS: u32 = 2;
+
+/// Most threads of a buffered copy. Not measured: memory bandwidth is shared, and one core alone zeroes 4.4 GB/s.
+pub(crate) const COPY_MAX_WORKERS: u32 = 16;
+
+/// Fewest rings: with one, destination pages fault inside submission and the queue starves (q06 0.74 s
+/// with one, 0.59–0.71 s with two).
+pub(crate) const MIN_RINGS: u32 = 2;
+
+/// Most rings. Not measured: four cores zero destination pages faster than any one device delivers.
+pub(crate) const MAX_RINGS: u32 = 4;
+
+/// Reads in flight per ring: 2 × 16 × 1 MiB was the best cold case of q8.
+pub(crate) const RING_DEPTH: u32 = 16;
+
+/// Fewest workers of the mmap backend: cold population waits for the device, and 8 were best.
+pub(crate) const MAP_MIN_WORKERS: u32 = 8;
+
+/// Most workers of the mmap backend. Not measured: they contend for one address space's lock.
+pub(crate) const MAP_MAX_WORKERS: u32 = 16;
+
+/// Bytes that all workers together keep in flight at most. 16 MiB saturated the device; as unaligned
+/// reads go through scratch of this size, it also bounds the load's memory beside its destination.
+pub(crate) const MAX_IN_FLIGHT_BYTES: u64 = 32 << 20;
+
+/// What a load owns beside its destination at most, in bytes: the scratch of the reads in flight.
+pub(crate) const OVERHEAD_BYTES: u64 = MAX_IN_FLIGHT_BYTES;
+
+/// Where the figures in explanations come from.
+pub(crate) mod evidence {
+    /// Rings against threads, large and cold.
+    pub(crate) const LARGE: &str = "16.4 GB in 5 shards took 7.4 to 8.4 s with rings and 8.0 to 9.8 s with threads, November 2026";
+    /// Rings against threads, small and cold, partitioned.
+    pub(crate) const PARTITIONS: &str = "1.5 GB in 8 partitions took 0.62 s with direct threads and 0.65 s with rings, November 2026";
+    /// Mapping against reading, cold.
+    pub(crate) const COLD_MAPPING: &str =
+        "16.4 GB took 11 to 14 s mapped and 7.4 to 9.8 s read directly, November 2026";
+    /// Mapping against copying against reading, warm.
+    pub(crate) const WARM: &str =
+        "1.5 GB took 0.012 s mapped, 0.24 s copied and 0.75 s read directly, November 2026";
+}
