@@ -242,3 +242,24 @@ pub trait Backend: Send + Sync + fmt::Debug {
 
 /// `Backend` stays object-safe.
 const _: [&dyn Backend; 0] = [];
+
+/// Makes the backend of a kind.
+///
+/// # Errors
+///
+/// [`Error::BackendUnavailable`], with reason and remedy, when the backend was left out of this
+/// build or the machine does not let it run.
+pub fn backend(kind: BackendKind) -> Result<Box<dyn Backend>> {
+    match kind {
+        #[cfg(feature = "sync")]
+        BackendKind::Sync => Ok(Box::new(crate::SyncBackend::new())),
+        #[cfg(feature = "async")]
+        BackendKind::Async => Ok(Box::new(crate::AsyncBackend::new())),
+        #[cfg(all(feature = "io-uring", target_os = "linux", not(tensora_portable)))]
+        BackendKind::IoUring => Ok(Box::new(crate::IoUringBackend::new()?)),
+        #[cfg(all(feature = "mmap", target_os = "linux", not(tensora_portable)))]
+        BackendKind::Mmap => Ok(Box::new(crate::MmapBackend::new()?)),
+        #[allow(unreachable_patterns)]
+        kind => Err(crate::platform::unavailable(kind)),
+    }
+}

@@ -139,6 +139,13 @@ pub enum Error {
         source: io::Error,
     },
 
+    /// The system refused another thread.
+    #[error("starting a thread failed: {source}; raise the limit on processes (ulimit -u)")]
+    Thread {
+        /// The operating system's answer.
+        source: io::Error,
+    },
+
     /// The caller's cancellation token was set; nothing is in flight any more.
     #[error("cancelled")]
     Cancelled,

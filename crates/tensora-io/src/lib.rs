@@ -11,22 +11,94 @@
 mod backend;
 mod control;
 mod destination;
+// Parts of these serve single backends; only a full build on Linux uses all of them.
+#[cfg_attr(
+    not(all(
+        feature = "sync",
+        feature = "async",
+        feature = "io-uring",
+        feature = "mmap",
+        target_os = "linux",
+        not(tensora_portable)
+    )),
+    allow(dead_code)
+)]
 mod direct;
 mod error;
 mod file;
+#[cfg(feature = "mmap")]
+mod mapping;
 mod memory;
+#[cfg(all(feature = "mmap", target_os = "linux", not(tensora_portable)))]
+mod mmap;
+mod offload;
+mod placement;
 mod platform;
+#[cfg(any(feature = "sync", feature = "async"))]
+mod positioned;
+mod probe;
+mod residency;
+mod storage;
+#[cfg(feature = "sync")]
+mod sync;
+#[cfg(feature = "async")]
+mod tokio_backend;
+#[cfg(any(
+    feature = "sync",
+    feature = "async",
+    all(
+        any(feature = "io-uring", feature = "mmap"),
+        target_os = "linux",
+        not(tensora_portable)
+    )
+))]
+#[cfg_attr(
+    not(all(
+        feature = "sync",
+        feature = "async",
+        feature = "io-uring",
+        feature = "mmap",
+        target_os = "linux",
+        not(tensora_portable)
+    )),
+    allow(dead_code)
+)]
+mod transfer;
+#[cfg(all(feature = "io-uring", target_os = "linux", not(tensora_portable)))]
+mod uring;
+#[cfg(any(
+    feature = "sync",
+    feature = "async",
+    all(
+        any(feature = "io-uring", feature = "mmap"),
+        target_os = "linux",
+        not(tensora_portable)
+    )
+))]
+mod workers;
 
 pub use backend::{
     Backend, BackendKind, DirectFallback, DirectPolicy, ParseBackendKindError, ReadRequest,
-    ReadStats, TransferParams,
+    ReadStats, TransferParams, backend,
 };
 pub use control::{CancelToken, Control};
 pub use destination::Destination;
 pub use error::{Error, Result};
 pub use file::SourceFile;
+#[cfg(feature = "mmap")]
+pub use mapping::{Mapping, MappingPermit};
 pub use memory::Region;
+#[cfg(all(feature = "mmap", target_os = "linux", not(tensora_portable)))]
+pub use mmap::MmapBackend;
+pub use offload::{Offload, offload};
+pub use placement::{Placement, merge_ranges};
 pub use platform::{
     Availability, BackendFact, DirectSupport, FileSystemClass, HugePages, MemoryFacts, Platform,
     StorageFacts,
 };
+#[cfg(feature = "sync")]
+pub use sync::SyncBackend;
+#[cfg(feature = "async")]
+pub use tokio_backend::AsyncBackend;
+#[cfg(all(feature = "io-uring", target_os = "linux", not(tensora_portable)))]
+pub use uring::IoUringBackend;

@@ -2,7 +2,6 @@
 
 use std::fmt;
 use std::io;
-use std::mem::MaybeUninit;
 use std::ptr::NonNull;
 
 use bytes::Bytes;
@@ -98,7 +97,7 @@ impl Region {
 
     /// The bytes, to be overwritten. What is written must be initialised, as only reads do.
     #[cfg(all(target_os = "linux", not(tensora_portable)))]
-    pub(crate) fn as_uninit_mut(&mut self) -> &mut [MaybeUninit<u8>] {
+    pub(crate) fn as_uninit_mut(&mut self) -> &mut [std::mem::MaybeUninit<u8>] {
         // SAFETY: as in `as_mut_slice`, and `MaybeUninit<u8>` has the layout of `u8`. Private to the
         // crate: its callers hand the slice to the kernel only, which writes initialised bytes.
         unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr().cast(), self.len) }

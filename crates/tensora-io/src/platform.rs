@@ -48,26 +48,30 @@ pub struct MemoryFacts {
     pub total_bytes: Option<u64>,
     /// What the machine can still give without swapping (`MemAvailable`), in bytes.
     pub available_bytes: Option<u64>,
-    /// The tightest control-group limit above this process, in bytes; `None` when unlimited or unknown.
+    /// The memory limit of a control group, in bytes: of all groups that hold this process, the one that
+    /// leaves least. `None` when unlimited or unknown.
     pub cgroup_limit_bytes: Option<u64>,
-    /// What that group leaves: the limit less the use that cannot be reclaimed, in bytes.
+    /// What that group leaves: the limit less the use that cannot be reclaimed, in bytes. File pages
+    /// count as reclaimable.
     pub cgroup_available_bytes: Option<u64>,
+    /// What the limits of this process on address space (`ulimit -v`) and on data (`ulimit -d`) leave,
+    /// in bytes; `None` when both are unlimited or unknown.
+    pub rlimit_available_bytes: Option<u64>,
 }
 
 impl MemoryFacts {
-    /// What a load may use: the tighter of the machine's and the control group's remainder, in bytes,
-    /// with the name of the source of that figure. `None` when neither is known.
+    /// What a load may use: the tightest of what the machine, the control group and the limits of the
+    /// process leave, in bytes, with the name of the one that decides (`machine`, `cgroup` or
+    /// `rlimit`). `None` when none is known.
     pub fn usable_bytes(&self) -> Option<(u64, &'static str)> {
-        let machine = self.available_bytes.map(|bytes| (bytes, "machine"));
-        let cgroup = self.cgroup_available_bytes.map(|bytes| (bytes, "cgroup"));
-        match (machine, cgroup) {
-            (Some(machine), Some(cgroup)) => Some(if cgroup.0 < machine.0 {
-                cgroup
-            } else {
-                machine
-            }),
-            (machine, cgroup) => machine.or(cgroup),
-        }
+        [
+            (self.available_bytes, "machine"),
+            (self.cgroup_available_bytes, "cgroup"),
+            (self.rlimit_available_bytes, "rlimit"),
+        ]
+        .into_iter()
+        .filter_map(|(bytes, source)| Some((bytes?, source)))
+        .min_by_key(|&(bytes, _)| bytes)
     }
 }
 
@@ -164,13 +168,14 @@ pub struct StorageFacts {
     pub file_system: String,
     /// How it reaches its bytes.
     pub class: FileSystemClass,
-    /// Device name (`nvme0n1`), or major:minor where it has no name.
+    /// Name of the block device (`nvme0n1`), of the whole disk for a partition, or `major:minor` where
+    /// the system does not name it; `None` where there is no single device.
     pub device: Option<String>,
     /// Whether the device has moving heads.
     pub rotational: Option<bool>,
     /// Whether all files can be read with direct I/O.
     pub direct: DirectSupport,
-    /// Bytes of these files, by their lengths.
+    /// Bytes of these files, by their lengths when they were opened.
     pub file_bytes: u64,
     /// Bytes of these files that are in the page cache; `None` when the system does not tell.
     pub resident_bytes: Option<u64>,
@@ -219,8 +224,16 @@ impl DirectSupport {
     }
 }
 
-/// The answer for a backend whose cargo feature was off.
-pub(crate) fn left_out(kind: BackendKind) -> Error {
+/// The answer for a backend that this build does not contain: its cargo feature was off, or the
+/// operating system has no such thing.
+pub(crate) fn unavailable(kind: BackendKind) -> Error {
+    if kind.is_compiled_in() {
+        return Error::BackendUnavailable {
+            backend: kind,
+            reason: format!("it is not supported on {}", std::env::consts::OS),
+            remedy: "choose another backend".to_owned(),
+        };
+    }
     Error::BackendUnavailable {
         backend: kind,
         reason: format!("this build of tensora-io was made without the cargo feature `{kind}`"),

@@ -1,0 +1,183 @@
+use std::io;
+use std::sync::OnceLock;
+
+use memmap2::MmapRaw;
+
+use crate::mapping::{map_file, populate};
+use crate::transfer::{Next, Operation, Transfer};
+use crate::{
+    Backend, BackendKind, Control, DirectPolicy, Error, ReadRequest, ReadStats, Result, SourceFile,
+    TransferParams, probe, workers,
+};
+
+/// Memory mapping: populates the page cache through a mapping, in parallel, and copies out of it.
+///
+/// For destinations that must be owned. Where a mapping may be exposed itself, [`Mapping`](crate::Mapping)
+/// spares the copy. The copy is made by the kernel (`process_vm_readv` on the own process), so a file
+/// that is truncated or fails while it is copied gives an error and never a `SIGBUS`.
+#[derive(Clone, Copy, Debug)]
+pub struct MmapBackend(());
+
+impl MmapBackend {
+    /// The backend; its mappings live only as long as a batch.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::BackendUnavailable`], with the reason and what to do, when copying out of a mapping is not
+    /// possible here.
+    pub fn new() -> Result<Self> {
+        probe::try_self_copy().map_err(|error| {
+            let (reason, remedy) = probe::mmap_unavailable(&error);
+            Error::BackendUnavailable {
+                backend: BackendKind::Mmap,
+                reason,
+                remedy,
+            }
+        })?;
+        Ok(Self(()))
+    }
+}
+
+impl Backend for MmapBackend {
+    fn kind(&self) -> BackendKind {
+        BackendKind::Mmap
+    }
+
+    /// As [`Backend::read`]. A mapping always goes through the page cache:
+    /// [`DirectPolicy::Required`] is an error, and `Preferred` reads as `Never` does, with a fallback noted
+    /// for each file.
+    fn read(
+        &self,
+        requests: Vec<ReadRequest<'_>>,
+        params: &TransferParams,
+        control: &Control,
+    ) -> Result<ReadStats> {
+        let preferred = match params.direct {
+            DirectPolicy::Never => false,
+            DirectPolicy::Preferred => true,
+            DirectPolicy::Required => {
+                let file = requests
+                    .iter()
+                    .find(|request| !request.destination.is_empty());
+                if let Some(request) = file {
+                    return Err(Error::DirectUnsupported {
+                        path: request.file.path().to_owned(),
+                        reason: THROUGH_THE_CACHE.to_owned(),
+                    });
+                }
+                false
+            }
+        };
+        let params = TransferParams {
+            direct: DirectPolicy::Never,
+            ..*params
+        };
+        let transfer = Transfer::new(requests, &params, control)?;
+        let maps: Vec<_> = transfer.sources().map(MappedSource::new).collect();
+        workers::run(self.kind(), params.workers, &transfer, &|| {
+            while let Some(operation) = transfer.next() {
+                copy(&transfer, &maps, operation);
+            }
+        });
+        let mut fallbacks = Vec::new();
+        if preferred {
+            fallbacks.extend(maps.iter().map(|map| crate::DirectFallback {
+                path: map.file.path().to_owned(),
+                reason: THROUGH_THE_CACHE.to_owned(),
+            }));
+        }
+        let mut stats = transfer.finish()?;
+        stats.fallbacks = fallbacks;
+        Ok(stats)
+    }
+}
+
+const THROUGH_THE_CACHE: &str = "the mmap backend reads through the page cache";
+
+/// A file of the batch, mapped when the first operation needs it.
+#[derive(Debug)]
+struct MappedSource<'a> {
+    file: &'a SourceFile,
+    map: OnceLock<Option<MmapRaw>>,
+}
+
+impl<'a> MappedSource<'a> {
+    fn new(file: &'a SourceFile) -> Self {
+        Self {
+            file,
+            map: OnceLock::new(),
+        }
+    }
+
+    /// The mapping, or `None` when the file is empty by now.
+    fn map(&self) -> Result<Option<&MmapRaw>> {
+        if self.map.get().is_none() {
+            let made = map_file(self.file)?;
+            // Another worker may have been faster; then this mapping is dropped again.
+            let _ = self.map.set(made);
+        }
+        Ok(self.map.get().and_then(Option::as_ref))
+    }
+}
+
+/// Populates and copies one operation's range.
+fn copy(transfer: &Transfer<'_>, maps: &[MappedSource<'_>], mut operation: Operation) {
+    let source = &maps[transfer.file_index(&operation)];
+    let map = match source.map() {
+        Ok(map) => map,
+        Err(error) => return transfer.fail(error),
+    };
+    loop {
+        let result = match map {
+            Some(map) => copy_rest(source.file, map, &mut operation),
+            None => Ok(0),
+        };
+        if transfer.returned(&mut operation, None, result) != Next::Again {
+            return;
+        }
+    }
+}
+
+/// Copies what is left of the operation; the count of bytes copied, 0 when the file ends before them.
+fn copy_rest(file: &SourceFile, map: &MmapRaw, operation: &mut Operation) -> io::Result<usize> {
+    // A mapping of this length was made, so offsets inside it fit.
+    #[allow(clippy::cast_possible_truncation)]
+    let begin = operation.position() as usize;
+    // SAFETY: the operation was taken from its transfer once, so this thread alone has it, the transfer
+    // borrows the destinations, and the slice ends with this function.
+    let memory = unsafe { operation.memory_slice(None) };
+    let len = memory.len().min(map.len().saturating_sub(begin));
+    if len == 0 {
+        return Ok(0);
+    }
+    // Populating first lets the kernel read ahead in large pieces. Where it fails, the copy says why.
+    let _ = populate(map, begin..begin + len);
+    let local = libc::iovec {
+        iov_base: memory.as_mut_ptr().cast(),
+        iov_len: len,
+    };
+    let remote = libc::iovec {
+        iov_base: map.as_ptr().wrapping_add(begin).cast_mut().cast(),
+        iov_len: len,
+    };
+    let own = rustix::process::getpid().as_raw_pid();
+    // SAFETY: the kernel writes `len` bytes to `memory`, which is that long and exclusively ours; it only
+    // reads from the mapping, checking each page as it goes, so one that cannot be had is an error here.
+    let copied =
+        unsafe { libc::process_vm_readv(own, &raw const local, 1, &raw const remote, 1, 0) };
+    match usize::try_from(copied) {
+        Ok(copied) => Ok(copied),
+        Err(_) => {
+            let error = io::Error::last_os_error();
+            let wanted = (begin + len) as u64;
+            if error.raw_os_error() == Some(libc::EFAULT) {
+                if file.current_len().is_ok_and(|now| now < wanted) {
+                    return Ok(0);
+                }
+                // The page is there by the file's length, but could not be brought in.
+                return Err(io::Error::from_raw_os_error(libc::EIO));
+            }
+            Err(error)
+        }
+    }
+}

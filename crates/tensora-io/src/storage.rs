@@ -1,0 +1,527 @@
+//! Where files are stored: file system, device, and what is in the page cache.
+
+use crate::{DirectSupport, SourceFile, StorageFacts};
+
+impl StorageFacts {
+    /// Examines the place that `files` are stored in.
+    ///
+    /// Takes well under a millisecond per file: a few system calls, one read of the table of mounts,
+    /// and the trial of direct I/O, which each file remembers. Where the files differ, the most
+    /// restrictive answer stands, in full: network before user-space server before overlay before
+    /// unknown before local before memory. Without files nothing is known, see
+    /// [`StorageFacts::unknown`].
+    ///
+    /// ```
+    /// # let directory = tempfile::tempdir()?;
+    /// # let path = directory.path().join("data");
+    /// # std::fs::write(&path, [0; 5000])?;
+    /// use tensora_io::{SourceFile, StorageFacts};
+    ///
+    /// let file = SourceFile::open(&path)?;
+    /// let storage = StorageFacts::probe(&[&file]);
+    /// println!("{} bytes on {}", storage.file_bytes, storage.file_system);
+    /// # assert_eq!(storage.file_bytes, 5000);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn probe(files: &[&SourceFile]) -> Self {
+        if files.is_empty() {
+            return Self::unknown();
+        }
+        let facts = Self {
+            direct: combine_direct(files.iter().map(|file| (*file, file.direct_support()))),
+            file_bytes: files
+                .iter()
+                .fold(0, |sum, file| sum.saturating_add(file.len())),
+            resident_bytes: files.iter().try_fold(0u64, |sum, file| {
+                Some(sum.saturating_add(file.resident_bytes(0..file.len())?))
+            }),
+            ..Self::unknown()
+        };
+        #[cfg(all(target_os = "linux", not(tensora_portable)))]
+        let facts = linux::with_place(facts, files);
+        facts
+    }
+}
+
+/// What holds for all files: unsupported if any file is, else the largest alignments.
+fn combine_direct<'a>(
+    files: impl Iterator<Item = (&'a SourceFile, DirectSupport)>,
+) -> DirectSupport {
+    let mut supported: Option<(u32, u32)> = None;
+    let mut unsupported = None;
+    for (file, support) in files {
+        match support {
+            DirectSupport::Supported {
+                offset_align_bytes,
+                memory_align_bytes,
+            } => {
+                let (offset, memory) = supported.unwrap_or((1, 1));
+                supported = Some((
+                    offset.max(offset_align_bytes),
+                    memory.max(memory_align_bytes),
+                ));
+            }
+            DirectSupport::Unsupported { reason } => {
+                unsupported.get_or_insert((file, reason));
+            }
+        }
+    }
+    match (unsupported, supported) {
+        (None, Some((offset_align_bytes, memory_align_bytes))) => DirectSupport::Supported {
+            offset_align_bytes,
+            memory_align_bytes,
+        },
+        // Not all are alike: say which one it is.
+        (Some((file, reason)), Some(_)) => DirectSupport::Unsupported {
+            reason: format!("{}: {reason}", file.path().display()),
+        },
+        (Some((_, reason)), None) => DirectSupport::Unsupported { reason },
+        (None, None) => StorageFacts::unknown().direct,
+    }
+}
+
+#[cfg(all(target_os = "linux", not(tensora_portable)))]
+pub(crate) use linux::class_by_magic;
+
+#[cfg(all(target_os = "linux", not(tensora_portable)))]
+mod linux {
+    use std::collections::HashMap;
+    use std::fs::File;
+    use std::os::unix::fs::{FileTypeExt, MetadataExt};
+    use std::path::{Path, PathBuf};
+
+    use rustix::fs::{AtFlags, StatxFlags, fstatfs, major, minor, statx};
+
+    use crate::probe::mounts::{Mount, mounts};
+    use crate::probe::read_text;
+    use crate::{FileSystemClass, SourceFile, StorageFacts};
+    use FileSystemClass::{Fuse, Local, Memory, Network, Overlay, Unknown};
+
+    /// Magic number (`statfs`), type name and class of the file systems that checkpoints may lie on. The
+    /// numbers are those of `linux/magic.h` and, for file systems kept outside the kernel, of their own
+    /// sources. One number can belong to several types; the first row names it when nothing else does.
+    const FILE_SYSTEMS: [(u32, &str, FileSystemClass); 51] = [
+        (0xEF53, "ext4", Local),
+        (0xEF53, "ext3", Local),
+        (0xEF53, "ext2", Local),
+        (0x5846_5342, "xfs", Local),
+        (0x9123_683E, "btrfs", Local),
+        (0xF2F5_2010, "f2fs", Local),
+        (0x2FC1_2FC1, "zfs", Local),
+        (0xCA45_1A4E, "bcachefs", Local),
+        (0x7366_746E, "ntfs3", Local),
+        (0x5346_544E, "ntfs", Local),
+        (0x2011_BAB0, "exfat", Local),
+        (0x4D44, "vfat", Local),
+        (0x4D44, "msdos", Local),
+        (0xE0F5_E1E2, "erofs", Local),
+        (0x7371_7368, "squashfs", Local),
+        (0x9660, "iso9660", Local),
+        (0x1501_3346, "udf", Local),
+        (0x3153_464A, "jfs", Local),
+        (0x5265_4973, "reiserfs", Local),
+        (0x3434, "nilfs2", Local),
+        (0x482B, "hfsplus", Local),
+        (0x0102_1994, "tmpfs", Memory),
+        (0x0102_1994, "devtmpfs", Memory),
+        (0x8584_58F6, "ramfs", Memory),
+        (0x8584_58F6, "rootfs", Memory),
+        (0x9584_58F6, "hugetlbfs", Memory),
+        (0x6969, "nfs", Network),
+        (0x6969, "nfs4", Network),
+        (0xFF53_4D42, "cifs", Network),
+        (0xFE53_4D42, "smb3", Network),
+        (0x517B, "smbfs", Network),
+        (0x00C3_6400, "ceph", Network),
+        (0x0102_1997, "9p", Network),
+        (0x0BD0_0BD0, "lustre", Network),
+        (0x4750_4653, "gpfs", Network),
+        (0x1983_0326, "beegfs", Network),
+        (0x5346_414F, "afs", Network),
+        (0x6B41_4653, "afs", Network),
+        (0x7375_7245, "coda", Network),
+        (0x2003_0528, "orangefs", Network),
+        (0x2003_0528, "pvfs2", Network),
+        // Cluster file systems: the device is shared, and so is its speed.
+        (0x7461_636F, "ocfs2", Network),
+        (0x0116_1970, "gfs2", Network),
+        // Folders that a hypervisor shares with its guest.
+        (0x786F_4256, "vboxsf", Network),
+        (0xBACB_ACBC, "vmhgfs", Network),
+        // The kernel's FUSE carries both of the next two; only the table of mounts tells them apart.
+        (0x6573_5546, "fuse", Fuse),
+        (0x6573_5546, "virtiofs", Network),
+        (0x6573_5546, "fuseblk", Fuse),
+        (0x794C_7630, "overlay", Overlay),
+        (0x6175_6673, "aufs", Overlay),
+        (0xF15F, "ecryptfs", Overlay),
+    ];
+
+    /// The place that one file is stored in.
+    #[derive(Clone, Debug, PartialEq, Eq)]
+    struct Place {
+        file_system: String,
+        class: FileSystemClass,
+        device: Option<String>,
+        rotational: Option<bool>,
+    }
+
+    pub(super) fn with_place(facts: StorageFacts, files: &[&SourceFile]) -> StorageFacts {
+        let mounts = mounts();
+        let mut places = HashMap::new();
+        for file in files {
+            let device = file.file().metadata().ok().map(|metadata| metadata.dev());
+            let mount = mount_id(file.file());
+            places
+                .entry((device, mount))
+                .or_insert_with(|| place(file.file(), device, mount, &mounts));
+        }
+        match most_restrictive(places.into_values()) {
+            Some(place) => StorageFacts {
+                file_system: place.file_system,
+                class: place.class,
+                device: place.device,
+                rotational: place.rotational,
+                ..facts
+            },
+            None => facts,
+        }
+    }
+
+    fn most_restrictive(places: impl Iterator<Item = Place>) -> Option<Place> {
+        places.max_by(|first, second| {
+            // The names only make the answer the same in every run.
+            let key = |place: &Place| (restriction(place.class), place.rotational == Some(true));
+            key(first)
+                .cmp(&key(second))
+                .then_with(|| second.file_system.cmp(&first.file_system))
+                .then_with(|| second.device.cmp(&first.device))
+        })
+    }
+
+    fn restriction(class: FileSystemClass) -> u8 {
+        match class {
+            Memory => 0,
+            Local => 1,
+            Unknown => 2,
+            Overlay => 3,
+            Fuse => 4,
+            Network => 5,
+        }
+    }
+
+    fn place(file: &File, device: Option<u64>, mount: Option<u64>, mounts: &[Mount]) -> Place {
+        let device = device.map(|device| (major(device), minor(device)));
+        let mount = find_mount(mounts, device, mount);
+        let (file_system, class) = identify(magic(file), mount);
+        let (device, rotational) = match block_device_directory(device, mount, class) {
+            Some((directory, fallback)) => block_device(&directory, fallback),
+            None => (None, None),
+        };
+        Place {
+            file_system,
+            class,
+            device,
+            rotational,
+        }
+    }
+
+    /// Which line of the table of mounts the file was opened through (Linux 5.8).
+    fn mount_id(file: &File) -> Option<u64> {
+        let facts = statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::MNT_ID).ok()?;
+        (facts.stx_mask & StatxFlags::MNT_ID.bits() != 0).then_some(facts.stx_mnt_id)
+    }
+
+    /// By number; failing that by device, which some file systems (btrfs) report differently per file.
+    fn find_mount(mounts: &[Mount], device: Option<(u32, u32)>, id: Option<u64>) -> Option<&Mount> {
+        mounts
+            .iter()
+            .find(|mount| Some(mount.id) == id)
+            .or_else(|| mounts.iter().find(|mount| Some(mount.device) == device))
+    }
+
+    fn magic(file: &File) -> Option<u32> {
+        // The field is of another width and sign on every architecture; magic numbers have 32 bits.
+        let kind = i128::from(fstatfs(file).ok()?.f_type);
+        Some((kind & 0xFFFF_FFFF) as u32)
+    }
+
+    /// The class of the file system, as far as its magic number tells.
+    pub(crate) fn class_by_magic(file: &File) -> Option<FileSystemClass> {
+        by_magic(magic(file)?).map(|(_, _, class)| class)
+    }
+
+    fn by_magic(magic: u32) -> Option<(u32, &'static str, FileSystemClass)> {
+        FILE_SYSTEMS
+            .into_iter()
+            .find(|(number, _, _)| *number == magic)
+    }
+
+    /// Name and class. The table of mounts knows the exact type; the magic number is always there.
+    fn identify(magic: Option<u32>, mount: Option<&Mount>) -> (String, FileSystemClass) {
+        let numbered = magic.and_then(by_magic);
+        let Some(mount) = mount else {
+            return match (numbered, magic) {
+                (Some((_, name, class)), _) => (name.to_owned(), class),
+                (None, Some(magic)) => (format!("{magic:#x}"), Unknown),
+                (None, None) => ("unknown".to_owned(), Unknown),
+            };
+        };
+        let name = mount.file_system.as_str();
+        let class = FILE_SYSTEMS
+            .into_iter()
+            .find(|(_, known, _)| *known == name)
+            .or(numbered)
+            .map_or(Unknown, |(_, _, class)| class);
+        (name.to_owned(), class)
+    }
+
+    /// Where the kernel describes the device below a file system, and what to call it if it does not.
+    fn block_device_directory(
+        device: Option<(u32, u32)>,
+        mount: Option<&Mount>,
+        class: FileSystemClass,
+    ) -> Option<(PathBuf, Option<String>)> {
+        let by_number = |major: u32, minor: u32| {
+            let number = format!("{major}:{minor}");
+            (Path::new("/sys/dev/block").join(&number), Some(number))
+        };
+        // Major number 0 belongs to no device. Of the file systems that have it, those on a device name
+        // theirs in the table of mounts; for others, such text there is only a label.
+        if let Some((major, minor)) = device
+            && major != 0
+        {
+            return Some(by_number(major, minor));
+        }
+        if !matches!(class, Local | Overlay) {
+            return None;
+        }
+        let source = Path::new(&mount?.source);
+        let name = source.strip_prefix("/dev").ok()?.file_name()?;
+        match std::fs::metadata(source) {
+            Ok(metadata) if metadata.file_type().is_block_device() => {
+                Some(by_number(major(metadata.rdev()), minor(metadata.rdev())))
+            }
+            // A container's /dev does not hold the disks of its host.
+            _ => Some((Path::new("/sys/class/block").join(name), None)),
+        }
+    }
+
+    /// The name of a device and whether it has moving heads, out of its directory in sysfs; for a
+    /// partition, those of the disk.
+    fn block_device(directory: &Path, fallback: Option<String>) -> (Option<String>, Option<bool>) {
+        let Ok(target) = std::fs::read_link(directory) else {
+            return (fallback, None);
+        };
+        let is_partition = directory.join("partition").exists();
+        let (above, disk) = if is_partition {
+            ("..", target.parent())
+        } else {
+            ("", Some(target.as_path()))
+        };
+        let name = disk
+            .and_then(Path::file_name)
+            .map(|name| name.to_string_lossy().into_owned());
+        let rotational = read_text(directory.join(above).join("queue/rotational"));
+        let rotational = match rotational.as_deref().map(str::trim) {
+            Some("0") => Some(false),
+            Some("1") => Some(true),
+            _ => None,
+        };
+        (name.or(fallback), rotational)
+    }
+
+    #[cfg(test)]
+    mod tests {
+        use std::os::unix::fs::symlink;
+
+        use super::*;
+
+        fn mount(id: u64, device: (u32, u32), file_system: &str, source: &str) -> Mount {
+            Mount {
+                id,
+                device,
+                root: "/".to_owned(),
+                point: "/".to_owned(),
+                file_system: file_system.to_owned(),
+                source: source.to_owned(),
+                super_options: String::new(),
+            }
+        }
+
+        #[test]
+        fn the_table_of_mounts_is_more_exact_than_the_number() {
+            for (magic, named, expected) in [
+                (0xEF53, None, ("ext4", Local)),
+                (0xEF53, Some("ext2"), ("ext2", Local)),
+                (0x6573_5546, None, ("fuse", Fuse)),
+                (0x6573_5546, Some("fuse.sshfs"), ("fuse.sshfs", Fuse)),
+                (0x6573_5546, Some("virtiofs"), ("virtiofs", Network)),
+                (0x6969, Some("nfs4"), ("nfs4", Network)),
+                (0x0102_1994, Some("tmpfs"), ("tmpfs", Memory)),
+                (0x794C_7630, Some("overlay"), ("overlay", Overlay)),
+                (0xDEAD_BEEF, Some("lustre"), ("lustre", Network)),
+                (0xDEAD_BEEF, Some("newfs"), ("newfs", Unknown)),
+                (0xDEAD_BEEF, None, ("0xdeadbeef", Unknown)),
+            ] {
+                let mount = named.map(|name| mount(1, (0, 1), name, ""));
+                let (name, class) = identify(Some(magic), mount.as_ref());
+                assert_eq!((name.as_str(), class), expected);
+            }
+            assert_eq!(identify(None, None), ("unknown".to_owned(), Unknown));
+        }
+
+        #[test]
+        fn one_name_has_one_class() {
+            for (_, name, class) in FILE_SYSTEMS {
+                for (_, other, other_class) in FILE_SYSTEMS {
+                    assert!(name != other || class == other_class, "{name}");
+                }
+            }
+        }
+
+        #[test]
+        fn the_number_of_the_mount_goes_before_the_device() {
+            let mounts = [mount(1, (0, 30), "a", ""), mount(2, (0, 31), "b", "")];
+            let name = |device, id| {
+                find_mount(&mounts, device, id).map(|mount| mount.file_system.as_str())
+            };
+            assert_eq!(name(Some((0, 30)), Some(2)), Some("b"));
+            assert_eq!(name(Some((0, 30)), None), Some("a"));
+            assert_eq!(
+                name(Some((0, 30)), Some(9)),
+                Some("a"),
+                "from another namespace"
+            );
+            assert_eq!(name(Some((0, 99)), Some(9)), None);
+            assert_eq!(name(None, None), None);
+        }
+
+        #[test]
+        fn most_restrictive_place_stands_in_full() {
+            let place = |file_system: &str, class, rotational| Place {
+                file_system: file_system.to_owned(),
+                class,
+                device: Some(format!("device of {file_system}")),
+                rotational,
+            };
+            let places = [
+                place("tmpfs", Memory, None),
+                place("ext4", Local, Some(false)),
+                place("xfs", Local, Some(true)),
+                place("newfs", Unknown, None),
+                place("overlay", Overlay, None),
+                place("fuse.x", Fuse, None),
+                place("nfs4", Network, None),
+            ];
+            for count in 1..=places.len() {
+                let worst = most_restrictive(places[..count].iter().cloned());
+                assert_eq!(worst.as_ref(), places[..count].last());
+                let reversed = most_restrictive(places[..count].iter().rev().cloned());
+                assert_eq!(reversed, worst);
+            }
+            assert_eq!(most_restrictive(std::iter::empty()), None);
+        }
+
+        #[test]
+        fn a_partition_answers_for_its_disk() {
+            let sysfs = tempfile::tempdir().unwrap();
+            let at = |path: &str| sysfs.path().join(path);
+            std::fs::create_dir_all(at("devices/sda/sda2")).unwrap();
+            std::fs::create_dir_all(at("devices/sda/queue")).unwrap();
+            std::fs::create_dir_all(at("devices/nvme0n1/queue")).unwrap();
+            std::fs::create_dir_all(at("dev/block")).unwrap();
+            std::fs::write(at("devices/sda/queue/rotational"), "1\n").unwrap();
+            std::fs::write(at("devices/sda/sda2/partition"), "2\n").unwrap();
+            std::fs::write(at("devices/nvme0n1/queue/rotational"), "0\n").unwrap();
+            symlink("../../devices/sda/sda2", at("dev/block/8:2")).unwrap();
+            symlink("../../devices/sda", at("dev/block/8:0")).unwrap();
+            symlink("../../devices/nvme0n1", at("dev/block/259:0")).unwrap();
+
+            let device =
+                |number: &str| block_device(&at("dev/block").join(number), Some(number.to_owned()));
+            assert_eq!(device("8:2"), (Some("sda".to_owned()), Some(true)));
+            assert_eq!(device("8:0"), (Some("sda".to_owned()), Some(true)));
+            assert_eq!(device("259:0"), (Some("nvme0n1".to_owned()), Some(false)));
+            assert_eq!(device("9:9"), (Some("9:9".to_owned()), None));
+        }
+
+        #[test]
+        fn only_file_systems_on_a_device_are_asked_for_it() {
+            let btrfs = mount(1, (0, 40), "btrfs", "/dev/no-such-disk1");
+            fn directory(
+                device: Option<(u32, u32)>,
+                mount: Option<&Mount>,
+                class: FileSystemClass,
+            ) -> Option<PathBuf> {
+                block_device_directory(device, mount, class).map(|(directory, _)| directory)
+            }
+            assert_eq!(
+                directory(Some((0, 41)), Some(&btrfs), Local),
+                Some("/sys/class/block/no-such-disk1".into())
+            );
+            assert_eq!(
+                directory(Some((8, 1)), Some(&btrfs), Local),
+                Some("/sys/dev/block/8:1".into())
+            );
+            // Anybody may call the source of a tmpfs what they like.
+            assert_eq!(directory(Some((0, 41)), Some(&btrfs), Memory), None);
+            for source in ["pool/data", "none", "", "/dev", "/dev/..", "server:/export"] {
+                let other = mount(1, (0, 40), "zfs", source);
+                assert_eq!(
+                    directory(Some((0, 41)), Some(&other), Local),
+                    None,
+                    "{source}"
+                );
+            }
+            assert_eq!(directory(None, None, Local), None);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn supported(offset_align_bytes: u32, memory_align_bytes: u32) -> DirectSupport {
+        DirectSupport::Supported {
+            offset_align_bytes,
+            memory_align_bytes,
+        }
+    }
+
+    fn unsupported(reason: &str) -> DirectSupport {
+        DirectSupport::Unsupported {
+            reason: reason.to_owned(),
+        }
+    }
+
+    #[test]
+    fn direct_support_is_that_of_all_files() {
+        let directory = tempfile::tempdir().unwrap();
+        let files: Vec<SourceFile> = ["a", "b", "c"]
+            .map(|name| {
+                let path = directory.path().join(name);
+                std::fs::write(&path, "x").unwrap();
+                SourceFile::open(path).unwrap()
+            })
+            .into();
+        let combine =
+            |supports: &[DirectSupport]| combine_direct(files.iter().zip(supports.iter().cloned()));
+        assert_eq!(
+            combine(&[supported(512, 4096), supported(4096, 4)]),
+            supported(4096, 4096)
+        );
+        assert_eq!(combine(&[supported(512, 4)]), supported(512, 4));
+        assert_eq!(
+            combine(&[unsupported("refused"), unsupported("other")]),
+            unsupported("refused")
+        );
+        let path = files[1].path().display().to_string();
+        assert_eq!(
+            combine(&[supported(512, 4), unsupported("refused"), supported(1, 1)]),
+            unsupported(&format!("{path}: refused"))
+        );
+        assert!(!combine(&[]).is_supported());
+    }
+}

@@ -1,0 +1,753 @@
+//! What all backends share: a batch, cut into operations, and what has become of them.
+//!
+//! A [`Transfer`] is made from the requests of one [`Backend::read`](crate::Backend::read) call. It
+//! merges ranges that are adjacent both in the file and in memory, decides per file between direct and
+//! buffered, and cuts everything into [`Operation`]s of at most one chunk. Operations are numbered, not
+//! stored, so that a batch of any size takes memory only for its requests. Each operation covers memory that no
+//! other one covers; that is what makes handing them to different threads sound.
+
+use std::collections::HashMap;
+use std::io;
+use std::mem::MaybeUninit;
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use crate::direct::DirectFile;
+use crate::{
+    Control, DirectFallback, DirectPolicy, Error, ReadRequest, ReadStats, Region, Result,
+    SourceFile, TransferParams,
+};
+
+/// Largest piece that goes through a scratch buffer in one operation. Scratch is for the ragged ends of
+/// direct reads; 32 operations in flight with one each stay far below the 64 MiB that a load may use
+/// beside its data.
+const SCRATCH_BYTES: u64 = 256 << 10;
+/// Pieces closer together than this are read in one operation: on every device measured, reading so
+/// many bytes more takes less time than another operation.
+const SCRATCH_GAP_BYTES: u64 = 16 << 10;
+/// Alignment of scratch buffers; at least what any device needs.
+const SCRATCH_ALIGN_BYTES: usize = 64 << 10;
+/// How often an operation is issued again after the system refused it for the moment.
+const MAX_BUSY_RETRIES: u32 = 100;
+
+/// An address inside a destination of the batch.
+#[derive(Clone, Copy, Debug)]
+struct Address(*mut u8);
+
+// SAFETY: an `Address` is derived from a `Destination`, which is `Send`; it is dereferenced only
+// through `Operation`s, each of which covers memory of its own.
+unsafe impl Send for Address {}
+// SAFETY: sharing the number itself is harmless, see above.
+unsafe impl Sync for Address {}
+
+impl Address {
+    fn add(self, bytes: u64) -> Self {
+        // Inside one destination, so the offset fits: `wrapping_add` spares an unsafe block.
+        #[allow(clippy::cast_possible_truncation)]
+        Self(self.0.wrapping_add(bytes as usize))
+    }
+}
+
+/// A range of a file and its place in memory.
+#[derive(Clone, Copy, Debug)]
+struct Piece {
+    file: usize,
+    offset: u64,
+    len: u64,
+    memory: Address,
+}
+
+impl Piece {
+    fn end(&self) -> u64 {
+        self.offset + self.len
+    }
+
+    fn split_at(self, len: u64) -> (Self, Self) {
+        debug_assert!(len <= self.len);
+        (
+            Self { len, ..self },
+            Self {
+                offset: self.offset + len,
+                len: self.len - len,
+                memory: self.memory.add(len),
+                ..self
+            },
+        )
+    }
+}
+
+/// A run of operations over one file.
+#[derive(Debug)]
+struct Segment {
+    first_operation: u64,
+    file: usize,
+    offset: u64,
+    len: u64,
+    direct: bool,
+    place: Place,
+}
+
+#[derive(Clone, Debug)]
+enum Place {
+    /// Straight into the destination, one operation per chunk.
+    InPlace(Address),
+    /// One operation through a scratch buffer, then copied to these pieces.
+    Scratch(Range<usize>),
+}
+
+/// One read of at most a chunk.
+#[derive(Clone, Debug)]
+pub(crate) struct Operation {
+    file: usize,
+    offset: u64,
+    /// What to ask for; more than `needed` only where a direct read runs past the end of the file.
+    len: usize,
+    /// What has to arrive, counted from `offset`.
+    needed: usize,
+    direct: bool,
+    place: Place,
+    done: usize,
+    busy_retries: u32,
+}
+
+/// What to do with an operation after a read for it returned.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Next {
+    /// All of it has arrived.
+    Complete,
+    /// Read again, from [`Operation::position`].
+    Again,
+    /// The batch has failed; the error is recorded.
+    Failed,
+}
+
+#[derive(Debug)]
+struct BatchFile<'a> {
+    source: &'a SourceFile,
+    direct: Option<&'a DirectFile>,
+    policy: DirectPolicy,
+    /// Direct reads turned out not to work although the file system had promised them.
+    refused: AtomicBool,
+    operations: Range<u64>,
+}
+
+#[derive(Debug, Default)]
+struct Counters {
+    bytes: AtomicU64,
+    direct_bytes: AtomicU64,
+    scratch_bytes: AtomicU64,
+    operations: AtomicU64,
+    completed: AtomicU64,
+    short_reads: AtomicU64,
+    retries: AtomicU64,
+}
+
+/// A batch under way.
+#[derive(Debug)]
+pub(crate) struct Transfer<'a> {
+    files: Vec<BatchFile<'a>>,
+    segments: Vec<Segment>,
+    pieces: Vec<Piece>,
+    chunk_bytes: u64,
+    operations: u64,
+    next: AtomicU64,
+    stop: AtomicBool,
+    error: Mutex<Option<Error>>,
+    scratch: Mutex<Vec<Region>>,
+    fallbacks: Mutex<Vec<DirectFallback>>,
+    counters: Counters,
+    control: &'a Control,
+}
+
+impl<'a> Transfer<'a> {
+    /// Checks the parameters and the requests against the files' lengths, and plans the operations.
+    pub(crate) fn new(
+        requests: Vec<ReadRequest<'a>>,
+        params: &TransferParams,
+        control: &'a Control,
+    ) -> Result<Self> {
+        params.validate()?;
+        control.check()?;
+        let (mut files, pieces) = gather(requests)?;
+        let mut fallbacks = Vec::new();
+        for file in &mut files {
+            file.policy = params.direct;
+            if params.direct == DirectPolicy::Never {
+                continue;
+            }
+            match file.source.direct() {
+                Ok(direct) => file.direct = Some(direct),
+                // Nothing will be read of an empty file, so nothing can be read the wrong way.
+                Err(_) if file.source.is_empty() => {}
+                Err(reason) if params.direct == DirectPolicy::Required => {
+                    return Err(Error::DirectUnsupported {
+                        path: file.source.path().to_owned(),
+                        reason: reason.to_owned(),
+                    });
+                }
+                Err(reason) => fallbacks.push(DirectFallback {
+                    path: file.source.path().to_owned(),
+                    reason: reason.to_owned(),
+                }),
+            }
+        }
+        let mut transfer = Self {
+            files,
+            segments: Vec::new(),
+            pieces: Vec::new(),
+            chunk_bytes: params.chunk_bytes,
+            operations: 0,
+            next: AtomicU64::new(0),
+            stop: AtomicBool::new(false),
+            error: Mutex::new(None),
+            scratch: Mutex::new(Vec::new()),
+            fallbacks: Mutex::new(fallbacks),
+            counters: Counters::default(),
+            control,
+        };
+        transfer.plan(&pieces);
+        Ok(transfer)
+    }
+
+    /// Turns merged pieces, sorted by file and offset, into segments.
+    fn plan(&mut self, pieces: &[Piece]) {
+        for file in 0..self.files.len() {
+            let begin = pieces.partition_point(|piece| piece.file < file);
+            let end = pieces.partition_point(|piece| piece.file <= file);
+            let first_operation = self.operations;
+            let mut segments = match self.files[file].direct {
+                None => pieces[begin..end].iter().map(buffered_segment).collect(),
+                Some(direct) => direct_segments(&pieces[begin..end], direct, &mut self.pieces),
+            };
+            segments.sort_by_key(|segment| segment.offset);
+            for mut segment in segments {
+                segment.first_operation = self.operations;
+                self.operations += match segment.place {
+                    Place::InPlace(_) => segment.len.div_ceil(self.chunk_of(&segment)),
+                    Place::Scratch(_) => 1,
+                };
+                self.segments.push(segment);
+            }
+            self.files[file].operations = first_operation..self.operations;
+        }
+    }
+
+    /// The chunk size, rounded up to what direct reads of this file need.
+    fn chunk_of(&self, segment: &Segment) -> u64 {
+        match self.files[segment.file].direct {
+            Some(direct) if segment.direct => self
+                .chunk_bytes
+                .next_multiple_of(direct.offset_align_bytes.into()),
+            _ => self.chunk_bytes,
+        }
+    }
+
+    /// How many operations the batch has.
+    pub(crate) fn operations(&self) -> u64 {
+        self.operations
+    }
+
+    /// The operations of each file.
+    #[cfg(feature = "async")]
+    pub(crate) fn file_operations(&self) -> impl Iterator<Item = Range<u64>> + '_ {
+        self.files.iter().map(|file| file.operations.clone())
+    }
+
+    /// The next operation that nobody has taken, or `None` when there is none left or the batch shall stop.
+    pub(crate) fn next(&self) -> Option<Operation> {
+        if self.should_stop() {
+            return None;
+        }
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        (number < self.operations).then(|| self.operation(number))
+    }
+
+    /// The operation with this number. Each number may be turned into an operation once.
+    pub(crate) fn operation(&self, number: u64) -> Operation {
+        let index = self
+            .segments
+            .partition_point(|segment| segment.first_operation <= number)
+            - 1;
+        let segment = &self.segments[index];
+        let chunk = self.chunk_of(segment);
+        let (offset, len, place) = match &segment.place {
+            Place::InPlace(memory) => {
+                let begin = (number - segment.first_operation) * chunk;
+                let len = chunk.min(segment.len - begin);
+                (
+                    segment.offset + begin,
+                    len,
+                    Place::InPlace(memory.add(begin)),
+                )
+            }
+            Place::Scratch(pieces) => (segment.offset, segment.len, Place::Scratch(pieces.clone())),
+        };
+        let needed = match &place {
+            Place::InPlace(_) => len,
+            // Pieces may overlap, so the last one by offset need not be the one that ends last.
+            Place::Scratch(pieces) => self.pieces[pieces.clone()]
+                .iter()
+                .map(|piece| piece.end() - offset)
+                .max()
+                .unwrap_or(0),
+        };
+        // A chunk is at most 1 GiB, so these fit everywhere.
+        #[allow(clippy::cast_possible_truncation)]
+        Operation {
+            file: segment.file,
+            offset,
+            len: len as usize,
+            needed: needed as usize,
+            direct: segment.direct,
+            place,
+            done: 0,
+            busy_retries: 0,
+        }
+    }
+
+    /// Whether no more operations shall be started.
+    pub(crate) fn should_stop(&self) -> bool {
+        self.stop.load(Ordering::Acquire) || self.control.is_cancelled()
+    }
+
+    /// Stops the batch with this error, unless it failed before.
+    pub(crate) fn fail(&self, error: Error) {
+        self.error
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get_or_insert(error);
+        self.stop.store(true, Ordering::Release);
+    }
+
+    /// Stops the batch when dropped by a panic, so that the other workers do not go on in vain.
+    pub(crate) fn stop_on_unwind(&self) -> impl Drop + '_ {
+        struct Guard<'t>(&'t AtomicBool);
+        impl Drop for Guard<'_> {
+            fn drop(&mut self) {
+                if std::thread::panicking() {
+                    self.0.store(true, Ordering::Release);
+                }
+            }
+        }
+        Guard(&self.stop)
+    }
+
+    /// The outcome, once every worker has returned.
+    pub(crate) fn finish(self) -> Result<ReadStats> {
+        if let Some(error) = self
+            .error
+            .into_inner()
+            .unwrap_or_else(PoisonError::into_inner)
+        {
+            return Err(error);
+        }
+        let counters = self.counters;
+        if counters.completed.into_inner() != self.operations {
+            return Err(Error::Cancelled);
+        }
+        Ok(ReadStats {
+            bytes: counters.bytes.into_inner(),
+            direct_bytes: counters.direct_bytes.into_inner(),
+            scratch_bytes: counters.scratch_bytes.into_inner(),
+            operations: counters.operations.into_inner(),
+            short_reads: counters.short_reads.into_inner(),
+            retries: counters.retries.into_inner(),
+            fallbacks: self
+                .fallbacks
+                .into_inner()
+                .unwrap_or_else(PoisonError::into_inner),
+        })
+    }
+
+    /// A scratch buffer for the operation, if it needs one. To be given back with
+    /// [`recycle`](Self::recycle).
+    pub(crate) fn scratch(&self, operation: &Operation) -> Result<Option<Region>> {
+        if matches!(operation.place, Place::InPlace(_)) {
+            return Ok(None);
+        }
+        let recycled = self
+            .scratch
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .pop();
+        match recycled {
+            Some(region) => Ok(Some(region)),
+            // One granule more than the largest piece: both ends of a window are rounded outwards.
+            #[allow(clippy::cast_possible_truncation)]
+            None => Region::allocate_aligned(
+                SCRATCH_BYTES as usize + 2 * SCRATCH_ALIGN_BYTES,
+                SCRATCH_ALIGN_BYTES,
+                "scratch for unaligned direct reads",
+            )
+            .map(Some),
+        }
+    }
+
+    /// Keeps a scratch buffer for the next operation that needs one.
+    pub(crate) fn recycle(&self, scratch: Option<Region>) {
+        if let Some(region) = scratch {
+            self.scratch
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .push(region);
+        }
+    }
+
+    /// The file of an operation, through the descriptor that it reads from.
+    pub(crate) fn descriptor(&self, operation: &Operation) -> &std::fs::File {
+        let file = &self.files[operation.file];
+        match file.direct {
+            Some(direct) if operation.direct => &direct.file,
+            _ => file.source.file(),
+        }
+    }
+
+    /// Position of the operation's file in the batch.
+    #[cfg(all(feature = "mmap", target_os = "linux", not(tensora_portable)))]
+    pub(crate) fn file_index(&self, operation: &Operation) -> usize {
+        operation.file
+    }
+
+    /// The files of the batch.
+    #[cfg(all(feature = "mmap", target_os = "linux", not(tensora_portable)))]
+    pub(crate) fn sources(&self) -> impl Iterator<Item = &'a SourceFile> + '_ {
+        self.files.iter().map(|file| file.source)
+    }
+
+    /// Takes note of what a read for the operation returned: a count of bytes or an error.
+    pub(crate) fn returned(
+        &self,
+        operation: &mut Operation,
+        scratch: Option<&Region>,
+        result: io::Result<usize>,
+    ) -> Next {
+        self.counters.operations.fetch_add(1, Ordering::Relaxed);
+        match result {
+            Ok(count) => self.received(operation, scratch, count),
+            Err(error) => self.refused(operation, error),
+        }
+    }
+
+    fn received(&self, operation: &mut Operation, scratch: Option<&Region>, count: usize) -> Next {
+        let reached = operation.done + count;
+        if reached >= operation.needed {
+            self.complete(operation, scratch);
+            return Next::Complete;
+        }
+        self.counters.short_reads.fetch_add(1, Ordering::Relaxed);
+        let resume = match self.files[operation.file].direct {
+            // The next direct read must begin aligned again.
+            Some(direct) if operation.direct => {
+                reached - reached % direct.offset_align_bytes as usize
+            }
+            _ => reached,
+        };
+        if resume > operation.done {
+            operation.done = resume;
+            return Next::Again;
+        }
+        // Nothing new: the file ends here.
+        let file = self.files[operation.file].source;
+        self.fail(Error::UnexpectedEof {
+            path: file.path().to_owned(),
+            offset: operation.offset,
+            expected_end: operation.offset + operation.needed as u64,
+            actual_end: file
+                .current_len()
+                .unwrap_or(operation.offset + reached as u64)
+                .min(operation.offset + reached as u64),
+        });
+        Next::Failed
+    }
+
+    fn refused(&self, operation: &mut Operation, error: io::Error) -> Next {
+        let file = &self.files[operation.file];
+        match error.kind() {
+            io::ErrorKind::Interrupted => {
+                self.counters.retries.fetch_add(1, Ordering::Relaxed);
+                return Next::Again;
+            }
+            io::ErrorKind::WouldBlock if operation.busy_retries < MAX_BUSY_RETRIES => {
+                operation.busy_retries += 1;
+                self.counters.retries.fetch_add(1, Ordering::Relaxed);
+                std::thread::yield_now();
+                return Next::Again;
+            }
+            // Some file systems take O_DIRECT at open and refuse it at read.
+            io::ErrorKind::InvalidInput
+                if operation.direct && file.policy == DirectPolicy::Preferred =>
+            {
+                operation.direct = false;
+                if !file.refused.swap(true, Ordering::Relaxed) {
+                    self.fallbacks
+                        .lock()
+                        .unwrap_or_else(PoisonError::into_inner)
+                        .push(DirectFallback {
+                            path: file.source.path().to_owned(),
+                            reason:
+                                "direct reads are refused although the file system announces them"
+                                    .to_owned(),
+                        });
+                }
+                return Next::Again;
+            }
+            io::ErrorKind::InvalidInput if operation.direct => {
+                self.fail(Error::DirectUnsupported {
+                    path: file.source.path().to_owned(),
+                    reason:
+                        "direct reads are refused (EINVAL) although the file system announces them"
+                            .to_owned(),
+                });
+                return Next::Failed;
+            }
+            _ => {}
+        }
+        let done = operation.done as u64;
+        self.fail(Error::Read {
+            path: file.source.path().to_owned(),
+            offset: operation.offset + done,
+            length: operation.needed as u64 - done,
+            source: error,
+        });
+        Next::Failed
+    }
+
+    fn complete(&self, operation: &Operation, scratch: Option<&Region>) {
+        let bytes = match (&operation.place, scratch) {
+            (Place::Scratch(pieces), Some(scratch)) => {
+                let mut bytes = 0;
+                for piece in &self.pieces[pieces.clone()] {
+                    self.scatter(operation, piece, scratch);
+                    bytes += piece.len;
+                }
+                self.counters
+                    .scratch_bytes
+                    .fetch_add(bytes, Ordering::Relaxed);
+                bytes
+            }
+            _ => operation.needed as u64,
+        };
+        self.counters.bytes.fetch_add(bytes, Ordering::Relaxed);
+        if operation.direct {
+            self.counters
+                .direct_bytes
+                .fetch_add(bytes, Ordering::Relaxed);
+        }
+        self.counters.completed.fetch_add(1, Ordering::Relaxed);
+        self.control.advance(bytes);
+    }
+
+    fn scatter(&self, operation: &Operation, piece: &Piece, scratch: &Region) {
+        #[allow(clippy::cast_possible_truncation)]
+        let (begin, len) = (
+            (piece.offset - operation.offset) as usize,
+            piece.len as usize,
+        );
+        let source = &scratch.as_slice()[begin..begin + len];
+        // SAFETY: the piece is part of one destination of the batch, exclusively borrowed for the
+        // whole transfer, and of this operation only; `source` is a buffer of our own, so the two do
+        // not overlap.
+        unsafe { std::ptr::copy_nonoverlapping(source.as_ptr(), piece.memory.0, len) };
+    }
+}
+
+impl Operation {
+    /// Where in the file the next read for it begins.
+    pub(crate) fn position(&self) -> u64 {
+        self.offset + self.done as u64
+    }
+
+    /// Where in memory the next read for it goes, and how much fits there.
+    pub(crate) fn memory(&self, scratch: Option<&mut Region>) -> (*mut u8, usize) {
+        let rest = self.len - self.done;
+        match (&self.place, scratch) {
+            (Place::InPlace(memory), _) => (memory.0.wrapping_add(self.done), rest),
+            (Place::Scratch(_), Some(scratch)) => (
+                scratch.as_mut_slice()[self.done..self.len].as_mut_ptr(),
+                rest,
+            ),
+            // An operation that needs scratch and has none reads nothing, and so fails as a short read.
+            (Place::Scratch(_), None) => (std::ptr::dangling_mut(), 0),
+        }
+    }
+
+    /// The same as a slice.
+    ///
+    /// # Safety
+    ///
+    /// The operation was made once from its number, its transfer's destinations are still borrowed, and no
+    /// other slice of it is alive.
+    pub(crate) unsafe fn memory_slice<'m>(
+        &'m mut self,
+        scratch: Option<&'m mut Region>,
+    ) -> &'m mut [MaybeUninit<u8>] {
+        let (start, len) = self.memory(scratch);
+        // SAFETY: `len` bytes from `start` lie inside one destination or scratch buffer, and belong to
+        // this operation alone, as the caller promises; `MaybeUninit` asks nothing of their content.
+        unsafe { std::slice::from_raw_parts_mut(start.cast(), len) }
+    }
+}
+
+/// Sorts requests by file and offset, checks them against the files, and merges what is adjacent both in a
+/// file and in memory.
+fn gather<'a>(requests: Vec<ReadRequest<'a>>) -> Result<(Vec<BatchFile<'a>>, Vec<Piece>)> {
+    let mut files: Vec<BatchFile<'a>> = Vec::new();
+    let mut lengths = Vec::new();
+    let mut numbers = HashMap::new();
+    let mut pieces = Vec::with_capacity(requests.len());
+    for mut request in requests {
+        let source = request.file;
+        let len = request.destination.len() as u64;
+        let range_end = request.offset.checked_add(len);
+        let Some(end) = range_end.filter(|&end| i64::try_from(end).is_ok()) else {
+            return Err(Error::RangeOverflow {
+                path: source.path().to_owned(),
+                offset: request.offset,
+                length: len,
+            });
+        };
+        let file = *numbers
+            .entry(std::ptr::from_ref(source))
+            .or_insert(files.len());
+        if file == files.len() {
+            lengths.push(source.current_len()?);
+            files.push(BatchFile {
+                source,
+                direct: None,
+                policy: DirectPolicy::Never,
+                refused: AtomicBool::new(false),
+                operations: 0..0,
+            });
+        }
+        if len == 0 {
+            continue;
+        }
+        if end > lengths[file] {
+            return Err(Error::UnexpectedEof {
+                path: source.path().to_owned(),
+                offset: request.offset,
+                expected_end: end,
+                actual_end: lengths[file],
+            });
+        }
+        pieces.push(Piece {
+            file,
+            offset: request.offset,
+            len,
+            memory: Address(request.destination.as_mut_ptr()),
+        });
+    }
+    pieces.sort_by_key(|piece| (piece.file, piece.offset));
+    Ok((files, merge(pieces)))
+}
+
+/// Merges neighbours that continue each other both in the file and in memory.
+fn merge(pieces: Vec<Piece>) -> Vec<Piece> {
+    let mut merged: Vec<Piece> = Vec::with_capacity(pieces.len());
+    for piece in pieces {
+        match merged.last_mut() {
+            Some(last)
+                if last.file == piece.file
+                    && last.end() == piece.offset
+                    && last.memory.add(last.len).0 == piece.memory.0 =>
+            {
+                last.len += piece.len;
+            }
+            _ => merged.push(piece),
+        }
+    }
+    merged
+}
+
+fn buffered_segment(piece: &Piece) -> Segment {
+    Segment {
+        first_operation: 0,
+        file: piece.file,
+        offset: piece.offset,
+        len: piece.len,
+        direct: false,
+        place: Place::InPlace(piece.memory),
+    }
+}
+
+/// Cuts the pieces of one file into what can be read straight into its destination and what has to go
+/// through scratch: ragged ends, and everything whose address does not suit its offset.
+fn direct_segments(
+    pieces: &[Piece],
+    direct: &DirectFile,
+    scattered: &mut Vec<Piece>,
+) -> Vec<Segment> {
+    let align = u64::from(direct.offset_align_bytes);
+    let mut segments = Vec::new();
+    let mut ragged = Vec::new();
+    for &piece in pieces {
+        let body_begin = piece.offset.next_multiple_of(align);
+        let body_end = piece.end() - piece.end() % align;
+        let head_len = body_begin - piece.offset;
+        let suits = body_begin < body_end
+            && piece.memory.add(head_len).0.addr() % direct.memory_align_bytes as usize == 0;
+        if !suits {
+            ragged.push(piece);
+            continue;
+        }
+        let (head, rest) = piece.split_at(head_len);
+        let (body, tail) = rest.split_at(body_end - body_begin);
+        ragged.extend([head, tail].into_iter().filter(|part| part.len > 0));
+        segments.push(Segment {
+            direct: true,
+            ..buffered_segment(&body)
+        });
+    }
+    segments.extend(scratch_segments(ragged, align, scattered));
+    segments
+}
+
+/// Groups pieces that lie close together into windows of at most one scratch buffer.
+fn scratch_segments(ragged: Vec<Piece>, align: u64, scattered: &mut Vec<Piece>) -> Vec<Segment> {
+    let mut short = Vec::with_capacity(ragged.len());
+    for mut piece in ragged {
+        while piece.len > SCRATCH_BYTES {
+            // Cut where a block ends, so that no block is read twice.
+            let cut = (piece.offset + SCRATCH_BYTES) / align * align - piece.offset;
+            let (first, rest) = piece.split_at(cut);
+            short.push(first);
+            piece = rest;
+        }
+        short.push(piece);
+    }
+    short.sort_by_key(|piece| piece.offset);
+
+    let mut segments: Vec<Segment> = Vec::new();
+    for piece in short {
+        let begin = piece.offset - piece.offset % align;
+        let end = piece.end().next_multiple_of(align);
+        if let Some(Segment {
+            offset,
+            len,
+            place: Place::Scratch(pieces),
+            ..
+        }) = segments.last_mut()
+        {
+            let last_end = *offset + *len;
+            if begin <= last_end + SCRATCH_GAP_BYTES && end.max(last_end) - *offset <= SCRATCH_BYTES
+            {
+                *len = end.max(last_end) - *offset;
+                scattered.push(piece);
+                pieces.end = scattered.len();
+                continue;
+            }
+        }
+        let first = scattered.len();
+        segments.push(Segment {
+            first_operation: 0,
+            file: piece.file,
+            offset: begin,
+            len: end - begin,
+            direct: true,
+            place: Place::Scratch(first..first + 1),
+        });
+        scattered.push(piece);
+    }
+    segments
+}

@@ -1,0 +1,268 @@
+//! The rings. All `unsafe` that has to do with io_uring is in this file.
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::time::Duration;
+
+use io_uring::{IoUring, opcode, types};
+
+use crate::transfer::{Next, Operation, Transfer};
+use crate::{
+    Backend, BackendKind, Control, Error, ReadRequest, ReadStats, Region, Result, TransferParams,
+    probe, workers,
+};
+
+/// `IORING_ENTER_GETEVENTS`: wait for completions.
+const GET_EVENTS: u32 = 1;
+/// How long to leave a ring alone that refuses work or waiting for the moment.
+const BUSY_WAIT: Duration = Duration::from_millis(1);
+/// How often in a row a ring may do that before the batch fails: ten seconds' worth.
+const MAX_BUSY_WAITS: u32 = 10_000;
+
+/// Several io_uring rings, each with a worker of its own.
+///
+/// `workers` rings each keep up to `queue_depth` reads under way; submissions go out in batches and
+/// completions are taken in bulk. Destination pages are faulted in by the submitting worker, so two or more
+/// workers overlap that with the device.
+#[derive(Clone, Copy, Debug)]
+pub struct IoUringBackend(());
+
+impl IoUringBackend {
+    /// The backend; its rings live only as long as a batch.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::BackendUnavailable`], with the reason and what to do, when no ring can be made here.
+    pub fn new() -> Result<Self> {
+        make_ring(1)?;
+        Ok(Self(()))
+    }
+}
+
+impl Backend for IoUringBackend {
+    fn kind(&self) -> BackendKind {
+        BackendKind::IoUring
+    }
+
+    fn read(
+        &self,
+        requests: Vec<ReadRequest<'_>>,
+        params: &TransferParams,
+        control: &Control,
+    ) -> Result<ReadStats> {
+        let transfer = Transfer::new(requests, params, control)?;
+        workers::run(
+            self.kind(),
+            params.workers,
+            &transfer,
+            &|| match make_ring(params.queue_depth) {
+                Ok(ring) => Worker::new(ring, &transfer, params.queue_depth).run(),
+                Err(error) => transfer.fail(error),
+            },
+        );
+        transfer.finish()
+    }
+}
+
+fn make_ring(queue_depth: u32) -> Result<IoUring> {
+    // With these two, the kernel runs completions when the worker asks for them and does not
+    // interrupt it in between (Linux 6.0); older kernels refuse them.
+    IoUring::builder()
+        .setup_single_issuer()
+        .setup_coop_taskrun()
+        .build(queue_depth)
+        .or_else(|_| IoUring::new(queue_depth))
+        .map_err(|error| {
+            let (reason, remedy) = probe::io_uring_unavailable(&error);
+            Error::BackendUnavailable {
+                backend: BackendKind::IoUring,
+                reason,
+                remedy,
+            }
+        })
+}
+
+/// A read that the kernel may be working on.
+struct Slot {
+    operation: Operation,
+    scratch: Option<Region>,
+}
+
+/// One ring and the operations under way on it.
+///
+/// The kernel writes into the memory of every occupied slot until that slot's completion has been
+/// taken. `Drop` therefore waits for all of them: no path, unwinding included, leaves the memory behind while
+/// the kernel still has it.
+struct Worker<'t, 'a> {
+    ring: IoUring,
+    transfer: &'t Transfer<'a>,
+    slots: Vec<Option<Slot>>,
+    free: Vec<usize>,
+}
+
+impl<'t, 'a> Worker<'t, 'a> {
+    fn new(ring: IoUring, transfer: &'t Transfer<'a>, queue_depth: u32) -> Self {
+        let slots = queue_depth as usize;
+        Self {
+            ring,
+            transfer,
+            slots: std::iter::repeat_with(|| None).take(slots).collect(),
+            free: (0..slots).rev().collect(),
+        }
+    }
+
+    /// Takes operations and completes them until there are none left or the batch stops.
+    fn run(mut self) {
+        let mut busy_waits = 0;
+        loop {
+            while let Some(&slot) = self.free.last() {
+                let Some(operation) = self.transfer.next() else {
+                    break;
+                };
+                match self.transfer.scratch(&operation) {
+                    Ok(scratch) => self.slots[slot] = Some(Slot { operation, scratch }),
+                    Err(error) => {
+                        self.transfer.fail(error);
+                        break;
+                    }
+                }
+                self.free.pop();
+                self.push(slot);
+            }
+            if self.in_flight() == 0 {
+                return;
+            }
+            let waited = self.ring.submit_and_wait(1);
+            let taken = self.take_completions();
+            if let Err(source) = waited
+                && taken == 0
+            {
+                if source.kind() == io::ErrorKind::Interrupted {
+                    continue;
+                }
+                busy_waits += 1;
+                if !is_passing(&source) || busy_waits > MAX_BUSY_WAITS {
+                    self.transfer.fail(Error::Backend {
+                        backend: BackendKind::IoUring,
+                        operation: "submit reads to a ring",
+                        source,
+                    });
+                }
+                if self.transfer.should_stop() {
+                    // `Drop` waits for what the kernel has already taken.
+                    return;
+                }
+                std::thread::sleep(BUSY_WAIT);
+            } else {
+                busy_waits = 0;
+            }
+        }
+    }
+
+    fn in_flight(&self) -> usize {
+        self.slots.len() - self.free.len()
+    }
+
+    /// Queues the next read of the operation in `slot`.
+    fn push(&mut self, slot: usize) {
+        let Some(Slot { operation, scratch }) = &mut self.slots[slot] else {
+            return;
+        };
+        let descriptor = types::Fd(self.transfer.descriptor(operation).as_raw_fd());
+        let (memory, len) = operation.memory(scratch.as_mut());
+        // A chunk is at most 1 GiB.
+        #[allow(clippy::cast_possible_truncation)]
+        let entry = opcode::Read::new(descriptor, memory, len as u32)
+            .offset(operation.position())
+            .build()
+            .user_data(slot as u64);
+        // SAFETY: `len` bytes from `memory` belong to this operation alone and stay valid until its
+        // completion has been taken: destinations are borrowed by the transfer, which outlives this worker, scratch
+        // is owned by the slot, and the worker does not end before all its slots are free. The
+        // descriptor is borrowed from the transfer's files in the same way.
+        let pushed = unsafe { self.ring.submission().push(&entry) };
+        if pushed.is_err() {
+            // The submission queue has as many entries as there are slots and a slot has one at most;
+            // if it is full all the same, the kernel must not be waited for on this slot's account.
+            self.slots[slot] = None;
+            self.free.push(slot);
+            self.transfer.fail(Error::Backend {
+                backend: BackendKind::IoUring,
+                operation: "queue a read",
+                source: io::ErrorKind::QuotaExceeded.into(),
+            });
+        }
+    }
+
+    /// Takes every completion that has arrived, reads on where one was short, and counts them.
+    fn take_completions(&mut self) -> usize {
+        let mut taken = 0;
+        while let Some((slot, result)) = self.next_completion() {
+            let Some(Slot {
+                mut operation,
+                scratch,
+            }) = self.slots[slot].take()
+            else {
+                continue;
+            };
+            // From here on the kernel has nothing to do with the slot, so a panic of the
+            // progress callback inside `returned` must find it free.
+            self.free.push(slot);
+            let next = self
+                .transfer
+                .returned(&mut operation, scratch.as_ref(), result);
+            if next == Next::Again && !self.transfer.should_stop() {
+                self.free.pop();
+                self.slots[slot] = Some(Slot { operation, scratch });
+                self.push(slot);
+            } else {
+                self.transfer.recycle(scratch);
+            }
+            taken += 1;
+        }
+        taken
+    }
+
+    fn next_completion(&mut self) -> Option<(usize, io::Result<usize>)> {
+        let entry = self.ring.completion().next()?;
+        let result = match entry.result() {
+            count @ 0.. => Ok(count.unsigned_abs() as usize),
+            errno => Err(io::Error::from_raw_os_error(-errno)),
+        };
+        #[allow(clippy::cast_possible_truncation)]
+        Some((entry.user_data() as usize, result))
+    }
+}
+
+impl Drop for Worker<'_, '_> {
+    fn drop(&mut self) {
+        // Reads that were queued but never submitted are unknown to the kernel and stay so: nothing
+        // below submits.
+        let unsubmitted = self.ring.submission().len();
+        while self.in_flight() > unsubmitted {
+            while let Some((slot, _)) = self.next_completion() {
+                self.slots[slot] = None;
+                self.free.push(slot);
+            }
+            if self.in_flight() <= unsubmitted {
+                break;
+            }
+            // SAFETY: nothing is submitted and no signal mask is passed, so the kernel reads no
+            // memory of ours; it only waits.
+            let waited = unsafe { self.ring.submitter().enter::<()>(0, 1, GET_EVENTS, None) };
+            if waited.is_err() {
+                // Interrupted, or refused: whatever the reason, the kernel may still be writing, so there is
+                // no way out but to look again. Completions arrive in shared memory all the same.
+                std::thread::sleep(BUSY_WAIT);
+            }
+        }
+    }
+}
+
+/// Whether a failed wait can simply be repeated, once arrived completions have been taken.
+fn is_passing(error: &io::Error) -> bool {
+    use rustix::io::Errno;
+    [Errno::AGAIN, Errno::BUSY]
+        .iter()
+        .any(|errno| error.raw_os_error() == Some(errno.raw_os_error()))
+}
