@@ -6,7 +6,13 @@ use crate::{Error, Result};
 
 /// Stops loads from another thread. Clones share one state; a token cannot be reset.
 #[derive(Clone, Debug, Default)]
-pub struct CancelToken(Arc<AtomicBool>);
+pub struct CancelToken(Arc<State>);
+
+#[derive(Debug, Default)]
+struct State {
+    cancelled: AtomicBool,
+    parent: Option<CancelToken>,
+}
 
 impl CancelToken {
     /// A token that is not cancelled.
@@ -17,12 +23,22 @@ impl CancelToken {
     /// Asks every load that holds this token to stop. Reads already handed to the kernel are waited
     /// for; no new ones are issued.
     pub fn cancel(&self) {
-        self.0.store(true, Ordering::Release);
+        self.0.cancelled.store(true, Ordering::Release);
     }
 
-    /// Whether [`cancel`](Self::cancel) was called.
+    /// A token that is cancelled with this one, or alone, without this one.
+    #[must_use]
+    pub fn child(&self) -> Self {
+        Self(Arc::new(State {
+            cancelled: AtomicBool::new(false),
+            parent: Some(self.clone()),
+        }))
+    }
+
+    /// Whether [`cancel`](Self::cancel) was called on it or on a token that it is a child of.
     pub fn is_cancelled(&self) -> bool {
-        self.0.load(Ordering::Acquire)
+        self.0.cancelled.load(Ordering::Acquire)
+            || self.0.parent.as_ref().is_some_and(Self::is_cancelled)
     }
 }
 
@@ -97,5 +113,20 @@ impl fmt::Debug for Control {
             .field("cancelled", &self.is_cancelled())
             .field("progress", &self.progress.is_some())
             .finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_child_is_cancelled_alone_or_with_its_parent() {
+        let parent = CancelToken::new();
+        let (first, second) = (parent.child(), parent.child());
+        first.cancel();
+        assert!(first.is_cancelled() && !parent.is_cancelled() && !second.is_cancelled());
+        parent.clone().cancel();
+        assert!(second.is_cancelled());
     }
 }

@@ -1,8 +1,8 @@
 use std::io;
 use std::ops::Range;
-use std::path::PathBuf;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
 use memmap2::{Advice, MmapOptions, MmapRaw};
@@ -29,11 +29,12 @@ impl MappingPermit {
     }
 }
 
-/// A whole file, mapped read-only and shared with the page cache: no copy is made.
-#[derive(Debug)]
+/// A whole file, mapped read-only and shared with the page cache: no copy is made. Clones share the
+/// mapping.
+#[derive(Clone, Debug)]
 pub struct Mapping {
-    map: Option<MmapRaw>,
-    path: PathBuf,
+    map: Option<Arc<MmapRaw>>,
+    path: Arc<Path>,
 }
 
 impl Mapping {
@@ -46,14 +47,14 @@ impl Mapping {
     /// [`Error::File`] when the system refuses the mapping.
     pub fn new(file: &SourceFile, _permit: MappingPermit) -> Result<Self> {
         Ok(Self {
-            map: map_file(file)?,
-            path: file.path().to_owned(),
+            map: map_file(file)?.map(Arc::new),
+            path: file.path().into(),
         })
     }
 
     /// Length of the file when it was mapped, in bytes.
     pub fn len(&self) -> usize {
-        self.map.as_ref().map_or(0, MmapRaw::len)
+        self.map.as_ref().map_or(0, |map| map.len())
     }
 
     /// Whether the file was empty when it was mapped.
@@ -71,12 +72,13 @@ impl Mapping {
         }
     }
 
-    /// Shares the mapping as immutable bytes; it is unmapped when the last clone or slice is dropped.
-    pub fn into_bytes(self) -> Bytes {
+    /// Shares the file as immutable bytes; it is unmapped when the mapping, its clones, and all
+    /// slices of these bytes are gone.
+    pub fn bytes(&self) -> Bytes {
         if self.is_empty() {
             Bytes::new()
         } else {
-            Bytes::from_owner(self)
+            Bytes::from_owner(self.clone())
         }
     }
 
@@ -168,7 +170,7 @@ impl Mapping {
                     self.eof(chunk, actual_end)
                 } else {
                     Error::Read {
-                        path: self.path.clone(),
+                        path: self.path.to_path_buf(),
                         offset: chunk.start,
                         length: chunk.end - chunk.start,
                         source,
@@ -180,7 +182,7 @@ impl Mapping {
 
     fn eof(&self, range: &Range<u64>, actual_end: u64) -> Error {
         Error::UnexpectedEof {
-            path: self.path.clone(),
+            path: self.path.to_path_buf(),
             offset: range.start,
             expected_end: range.end,
             actual_end,

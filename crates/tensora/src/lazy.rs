@@ -1,0 +1,369 @@
+use std::ops::Range;
+use std::path::Path;
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use tensora_formats::{CheckpointIndex, TensorEntry};
+use tensora_heuristics::{AccessPattern, MemoryKind, Plan, StorageLayout, Workload};
+#[cfg(feature = "mmap")]
+use tensora_io::Mapping;
+use tensora_io::{
+    Placement, Platform, ReadRequest, ReadStats, SourceFile, StorageFacts, merge_ranges,
+};
+
+use crate::selection::position;
+use crate::{Checkpoint, Error, LoadReport, Loader, Result, Tensor};
+
+/// Tensors closer together than this in a file are read in one piece. A page: reading one that is not
+/// needed costs less than another request, and padding between records is smaller.
+const GAP_BYTES: u64 = 4096;
+
+/// A checkpoint whose metadata has been read; tensors are read when asked for.
+#[derive(Debug)]
+pub struct LazyCheckpoint {
+    loader: Loader,
+    index: Arc<CheckpointIndex>,
+    selected: Vec<usize>,
+    files: Vec<LazyFile>,
+    open_elapsed: Duration,
+}
+
+/// A file that is opened, and mapped, when first needed.
+#[derive(Debug, Default)]
+struct LazyFile {
+    source: OnceLock<SourceFile>,
+    #[cfg(feature = "mmap")]
+    mapping: OnceLock<Mapping>,
+}
+
+/// What one load reads: extents of files, with the tensors that lie in them.
+struct Task<'a> {
+    tensors: Vec<&'a TensorEntry>,
+    /// By file number, of the files that are read.
+    files: Vec<(usize, &'a SourceFile, Vec<Range<u64>>)>,
+    workload: Workload,
+}
+
+impl LazyCheckpoint {
+    pub(crate) fn open(loader: Loader, path: &Path) -> Result<Self> {
+        let begun = Instant::now();
+        let index = loader.open_options.open(path)?;
+        let selected = loader.selection.resolve(&index)?;
+        let files = index.files().iter().map(|_| LazyFile::default()).collect();
+        Ok(Self {
+            loader,
+            index: Arc::new(index),
+            selected,
+            files,
+            open_elapsed: begun.elapsed(),
+        })
+    }
+
+    /// The metadata of the whole checkpoint.
+    pub fn index(&self) -> &CheckpointIndex {
+        &self.index
+    }
+
+    /// The metadata of the selected tensors, in bytewise order of their names.
+    pub fn selected(&self) -> impl ExactSizeIterator<Item = &TensorEntry> {
+        self.selected
+            .iter()
+            .map(|&number| &self.index.tensors()[number])
+    }
+
+    /// What [`load_all`](Self::load_all) would do now, and why.
+    ///
+    /// # Errors
+    ///
+    /// When a file cannot be opened, or no plan satisfies what was asked for.
+    pub fn plan(&self) -> Result<Plan> {
+        self.plan_for(&self.task(&self.selected)?)
+    }
+
+    /// Loads one tensor, selected or not.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::NoSuchTensor`], and what can go wrong with a load.
+    pub fn tensor(&self, name: &str) -> Result<Tensor> {
+        let number = position(&self.index, name)?;
+        let (mut tensors, ..) = self.load_task(&self.task(&[number])?)?;
+        tensors.pop().ok_or_else(|| Error::NotSelected {
+            name: name.to_owned(),
+        })
+    }
+
+    /// Loads the selected tensors.
+    ///
+    /// # Errors
+    ///
+    /// See [`Error`].
+    pub fn load_all(&self) -> Result<Checkpoint> {
+        let begun = Instant::now();
+        let task = self.task(&self.selected)?;
+        let (tensors, plan, stats, read_elapsed) = self.load_task(&task)?;
+        let load_elapsed = begun.elapsed();
+        let report = LoadReport {
+            format: self.index.format(),
+            plan,
+            tensor_count: tensors.len(),
+            data_bytes: task.tensors.iter().map(|tensor| tensor.bytes).sum(),
+            elapsed: self.open_elapsed + load_elapsed,
+            open_elapsed: self.open_elapsed,
+            plan_elapsed: load_elapsed.saturating_sub(read_elapsed),
+            read_elapsed,
+            stats,
+        };
+        tracing::debug!(
+            elapsed_ms = report.elapsed.as_secs_f64() * 1e3,
+            data_bytes = report.data_bytes,
+            "loaded"
+        );
+        Ok(Checkpoint {
+            index: Arc::clone(&self.index),
+            tensors,
+            report,
+        })
+    }
+
+    /// Works out what has to be read for these tensors.
+    fn task(&self, numbers: &[usize]) -> Result<Task<'_>> {
+        self.loader.check_cancelled()?;
+        let tensors: Vec<_> = numbers
+            .iter()
+            .map(|&number| &self.index.tensors()[number])
+            .collect();
+        let mut ranges = vec![Vec::new(); self.files.len()];
+        for tensor in &tensors {
+            ranges[tensor.file].push(tensor.range());
+        }
+        let mut files = Vec::new();
+        for (number, ranges) in ranges.into_iter().enumerate() {
+            let extents = merge_ranges(ranges, GAP_BYTES);
+            if !extents.is_empty() {
+                files.push((number, self.source(number)?, extents));
+            }
+        }
+        let workload = self.workload(&tensors, &files);
+        Ok(Task {
+            tensors,
+            files,
+            workload,
+        })
+    }
+
+    fn workload(
+        &self,
+        tensors: &[&TensorEntry],
+        files: &[(usize, &SourceFile, Vec<Range<u64>>)],
+    ) -> Workload {
+        let layout = if self.index.format().is_serverlessllm() {
+            StorageLayout::ServerlessLlm
+        } else {
+            StorageLayout::SafeTensors
+        };
+        let lengths = || {
+            files
+                .iter()
+                .flat_map(|(_, _, extents)| extents.iter().map(|extent| extent.end - extent.start))
+        };
+        let read_bytes = lengths().sum();
+        let file_bytes: u64 = files.iter().map(|(_, file, _)| file.len()).sum();
+        // Headers and padding are the only other bytes of a file that is read as a whole.
+        let whole = tensors.len() == self.index.tensors().len() || read_bytes == file_bytes;
+        let access = if whole {
+            AccessPattern::WholeFiles
+        } else {
+            AccessPattern::Ranges
+        };
+        let mut workload = Workload::new(layout, access);
+        workload.files = u32::try_from(files.len()).unwrap_or(u32::MAX);
+        workload.tensors = tensors.len() as u64;
+        workload.read_bytes = read_bytes;
+        workload.requests = lengths().count() as u64;
+        workload.largest_request_bytes = lengths().max().unwrap_or(0);
+        workload.destination_bytes = files
+            .iter()
+            .map(|(_, _, extents)| Placement::new(extents.clone()).bytes())
+            .sum();
+        workload
+    }
+
+    fn plan_for(&self, task: &Task<'_>) -> Result<Plan> {
+        let mut platform = Platform::probe();
+        let files: Vec<_> = task.files.iter().map(|(_, file, _)| *file).collect();
+        platform.storage = (!files.is_empty()).then(|| StorageFacts::probe(&files));
+        let plan = tensora_heuristics::plan(&task.workload, &platform, &self.loader.policy)?;
+        tracing::debug!(backend = %plan.backend, memory = %plan.memory, params = ?plan.params, "planned");
+        Ok(plan)
+    }
+
+    /// Plans and reads; the time that reading took comes last.
+    fn load_task(&self, task: &Task<'_>) -> Result<(Vec<Tensor>, Plan, ReadStats, Duration)> {
+        let plan = self.plan_for(task)?;
+        let begun = Instant::now();
+        let (files, stats) = match plan.memory {
+            MemoryKind::Owned => self.read(task, &plan)?,
+            MemoryKind::Mapped => (self.map(task, &plan)?, ReadStats::default()),
+        };
+        let tensors = task
+            .tensors
+            .iter()
+            .map(|tensor| Tensor::new(tensor, files.slice(tensor)))
+            .collect();
+        Ok((tensors, plan, stats, begun.elapsed()))
+    }
+
+    /// Reads every extent into memory of its file's own.
+    fn read(&self, task: &Task<'_>, plan: &Plan) -> Result<(Loaded, ReadStats)> {
+        let backend = tensora_io::backend(plan.backend)?;
+        let placements: Vec<_> = task
+            .files
+            .iter()
+            .map(|(_, _, extents)| Placement::new(extents.clone()))
+            .collect();
+        let mut regions = placements
+            .iter()
+            .map(Placement::allocate)
+            .collect::<Result<Vec<_>, _>>()?;
+        let mut requests = Vec::new();
+        for ((placement, region), (_, file, _)) in
+            placements.iter().zip(&mut regions).zip(&task.files)
+        {
+            let parts = placement.split(region.as_mut_slice());
+            requests.extend(parts.into_iter().map(|(offset, part)| ReadRequest {
+                file,
+                offset,
+                destination: part.into(),
+            }));
+        }
+        let control = self.loader.control(task.workload.read_bytes);
+        let stats = backend
+            .read(requests, &plan.params, &control)
+            .map_err(|error| self.name_tensor(error))?;
+        for fallback in &stats.fallbacks {
+            tracing::warn!(file = %fallback.path.display(), reason = fallback.reason, "read buffered");
+        }
+        let mut loaded = Loaded::new(self.files.len());
+        for ((placement, region), (number, ..)) in
+            placements.into_iter().zip(regions).zip(&task.files)
+        {
+            loaded.0[*number] = Some((Some(placement), region.into_bytes()));
+        }
+        Ok((loaded, stats))
+    }
+
+    /// Maps every file and brings the extents into memory.
+    #[cfg(feature = "mmap")]
+    fn map(&self, task: &Task<'_>, plan: &Plan) -> Result<Loaded> {
+        // The planner answers with mapped memory only where consent was given, that is, with a permit.
+        let permit = self
+            .loader
+            .permit
+            .ok_or(tensora_heuristics::PlanError::MappedWithoutConsent)?;
+        let control = self.loader.control(task.workload.read_bytes);
+        let mut loaded = Loaded::new(self.files.len());
+        for (number, file, extents) in &task.files {
+            let lazy = &self.files[*number].mapping;
+            let mapping = match lazy.get() {
+                Some(mapping) => mapping,
+                None => {
+                    let made = Mapping::new(file, permit)?;
+                    lazy.get_or_init(|| made)
+                }
+            };
+            mapping
+                .populate(
+                    extents,
+                    plan.params.chunk_bytes,
+                    plan.params.workers,
+                    &control,
+                )
+                .map_err(|error| self.name_tensor(error))?;
+            loaded.0[*number] = Some((None, mapping.bytes()));
+        }
+        Ok(loaded)
+    }
+
+    #[cfg(not(feature = "mmap"))]
+    fn map(&self, _task: &Task<'_>, _plan: &Plan) -> Result<Loaded> {
+        Err(tensora_heuristics::PlanError::MappedWithoutConsent.into())
+    }
+
+    /// The opened file of this number, checked to be as long as the metadata says.
+    fn source(&self, number: usize) -> Result<&SourceFile> {
+        let lazy = &self.files[number].source;
+        if let Some(source) = lazy.get() {
+            return Ok(source);
+        }
+        let entry = &self.index.files()[number];
+        let source = SourceFile::open(&entry.path)?;
+        if source.len() != entry.bytes {
+            return Err(Error::Changed {
+                path: entry.path.clone(),
+                indexed_bytes: entry.bytes,
+                actual_bytes: source.len(),
+            });
+        }
+        Ok(lazy.get_or_init(|| source))
+    }
+
+    /// Adds the name of the tensor that is stored where reading failed.
+    fn name_tensor(&self, error: tensora_io::Error) -> Error {
+        let place = match &error {
+            tensora_io::Error::Read { path, offset, .. } => Some((path, *offset)),
+            tensora_io::Error::UnexpectedEof {
+                path, actual_end, ..
+            } => Some((path, *actual_end)),
+            _ => None,
+        };
+        let tensor = place.and_then(|(path, offset)| {
+            let file = self
+                .index
+                .files()
+                .iter()
+                .position(|file| &file.path == path)?;
+            self.index
+                .tensors()
+                .iter()
+                .filter(|tensor| tensor.file == file && tensor.range().end > offset)
+                .min_by_key(|tensor| tensor.offset)
+        });
+        match tensor {
+            Some(tensor) => Error::Tensor {
+                tensor: tensor.name.clone(),
+                source: error,
+            },
+            None => error.into(),
+        }
+    }
+}
+
+/// The memory of each file that was read: with the places of its extents, or, mapped, from its first byte on.
+struct Loaded(Vec<Option<(Option<Placement>, Bytes)>>);
+
+impl Loaded {
+    fn new(files: usize) -> Self {
+        Self((0..files).map(|_| None).collect())
+    }
+
+    /// The bytes of a tensor that the task read.
+    fn slice(&self, tensor: &TensorEntry) -> Bytes {
+        let range = tensor.range();
+        let Some((placement, bytes)) = self.0[tensor.file].as_ref().filter(|_| tensor.bytes > 0)
+        else {
+            // A tensor without elements needs no memory.
+            return Bytes::new();
+        };
+        let place = match placement {
+            Some(placement) => placement.locate(&range),
+            None => usize::try_from(range.start)
+                .ok()
+                .zip(usize::try_from(range.end).ok())
+                .map(|(start, end)| start..end),
+        };
+        // Extents are merged from the ranges of these very tensors.
+        bytes.slice(place.expect("a tensor's range lies inside an extent"))
+    }
+}
