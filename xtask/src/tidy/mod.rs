@@ -39,11 +39,7 @@ impl Violation {
 
 impl fmt::Display for Violation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "{}: {}\n    invariant: {}",
-            self.place, self.found, self.invariant
-        )
+        write!(f, "{}: {} [{}]", self.place, self.found, self.invariant)
     }
 }
 

@@ -174,16 +174,12 @@ fn judge_root(source: &Source) -> Vec<Violation> {
     if forbids || (may_deny && denies) {
         return Vec::new();
     }
-    let wanted = if may_deny {
-        "#![deny(unsafe_code)]"
+    let found = if may_deny {
+        "has neither `#![forbid(unsafe_code)]` nor `#![deny(unsafe_code)]`"
     } else {
-        "#![forbid(unsafe_code)]"
+        "has no `#![forbid(unsafe_code)]`"
     };
-    vec![Violation::new(
-        UNSAFE_DENIED,
-        &source.path,
-        format!("`{wanted}` is missing"),
-    )]
+    vec![Violation::new(UNSAFE_DENIED, &source.path, found)]
 }
 
 fn judge_vocabulary(source: &Source) -> Vec<Violation> {
