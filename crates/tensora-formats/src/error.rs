@@ -143,11 +143,13 @@ pub enum Error {
         ranks: Vec<u32>,
     },
     /// The ranks of one set use different formats.
-    #[error("{}: rank_0 is {first}, but rank_{rank} is {format}; the ranks of one checkpoint share a format: open one rank alone", path.display())]
+    #[error("{}: rank_{first_rank} is {first}, but rank_{rank} is {format}; the ranks of one checkpoint share a format: open one rank alone", path.display())]
     MixedRankFormats {
         /// The directory that holds the ranks.
         path: PathBuf,
-        /// The format of rank 0.
+        /// The first rank that has tensors.
+        first_rank: u32,
+        /// Its format.
         first: Format,
         /// The first rank that differs.
         rank: u32,
@@ -591,7 +593,7 @@ pub enum Error {
         partition_end: u64,
     },
     /// A partition ends before the tensors that the index puts into it.
-    #[error("{}: {partition_bytes} bytes long, but the index needs {needed_bytes}; {} missing, {} damaged: {}; copy the partition again or write the checkpoint anew", path.display(), Count(needed_bytes.saturating_sub(*partition_bytes), "byte"), Count(damaged.len() as u64, "tensor"), FirstOf(damaged))]
+    #[error("{}: {partition_bytes} bytes long, but the index needs {needed_bytes}; {} missing, {} damaged: {}; copy the partition, and any that should follow it, again, or write the checkpoint anew", path.display(), Count(needed_bytes.saturating_sub(*partition_bytes), "byte"), Count(damaged.len() as u64, "tensor"), FirstOf(damaged))]
     PartitionTooShort {
         /// The partition file.
         path: PathBuf,
@@ -621,12 +623,12 @@ pub enum Error {
         path: PathBuf,
         /// The tensor.
         tensor: String,
-        /// The bytes from the storage's start to the end of the last element.
+        /// The bytes from the storage's start to the end of the last element (saturating).
         needed_bytes: u64,
         /// The bytes that the file gives it.
         stored_bytes: u64,
     },
-    /// The end of a tensor, or of its strided view, overflows 64 bits.
+    /// The end of a tensor's bytes overflows 64 bits.
     #[error("{}: tensor {tensor:?}: the end of its bytes (offset {offset}, size {bytes}) overflows 64 bits", path.display())]
     RangeOverflow {
         /// The index file.

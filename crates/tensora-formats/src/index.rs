@@ -11,7 +11,7 @@ use crate::{Dtype, Format, Note, OpenOptions, Result};
 ///
 /// # Examples
 ///
-/// ```no_run
+/// ```
 /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// # let directory = tempfile::tempdir()?;
 /// # let path = directory.path().join("model.safetensors");
@@ -45,7 +45,7 @@ pub struct CheckpointIndex {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct FileEntry {
-    /// Where the file is: the checkpoint's root joined with `name`.
+    /// Where the file is; symbolic links are not resolved.
     pub path: PathBuf,
     /// The name relative to the checkpoint's root, for display.
     pub name: String,
@@ -151,13 +151,19 @@ impl CheckpointIndex {
 
     /// The stored bytes of all tensors together. Bytes that several tensors share count for each.
     pub fn data_bytes(&self) -> u64 {
-        self.tensors
-            .iter()
-            .fold(0, |sum: u64, tensor| sum.saturating_add(tensor.bytes))
+        data_bytes(&self.tensors)
     }
 
     /// What a user may want to know and what is no error.
     pub fn notes(&self) -> &[Note] {
         &self.notes
     }
+}
+
+/// The stored bytes of `tensors` together. Saturating, because sparse files and shared bytes can take
+/// the sum past any real storage.
+pub(crate) fn data_bytes(tensors: &[TensorEntry]) -> u64 {
+    tensors
+        .iter()
+        .fold(0, |sum, tensor| sum.saturating_add(tensor.bytes))
 }

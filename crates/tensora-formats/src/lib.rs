@@ -9,11 +9,14 @@
 
 mod dtype;
 mod error;
+mod file;
 mod format;
 mod index;
+mod json;
 mod layout;
 mod note;
 mod options;
+mod recognise;
 mod safetensors;
 mod serverlessllm;
 
@@ -27,3 +30,8 @@ pub use layout::{
 };
 pub use note::Note;
 pub use options::{DuplicateNames, OpenOptions, UnlistedTensors};
+pub use safetensors::{
+    SafetensorsHeader, SafetensorsIndex, parse_safetensors_header, parse_safetensors_index,
+    safetensors_header_bytes,
+};
+pub use serverlessllm::{ServerlessLlmIndex, parse_serverlessllm_index};

@@ -41,9 +41,9 @@ pub enum Note {
         /// The tensors' names, sorted.
         tensors: Vec<String>,
     },
-    /// Tensors share all or part of their bytes with another tensor, as tied weights do.
+    /// Tensors share all or part of their bytes with a tensor before them, as tied weights do.
     SharedBytes {
-        /// The tensors' names, sorted; each shares bytes with one that is not in the list.
+        /// The tensors' names in the order of files and offsets, without the first of each group.
         tensors: Vec<String>,
     },
 }

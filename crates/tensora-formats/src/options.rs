@@ -1,6 +1,7 @@
 use std::path::Path;
 
-use crate::{CheckpointIndex, Error, Format, Result};
+use crate::safetensors::Tolerance;
+use crate::{CheckpointIndex, Format, Result, recognise};
 
 /// What to do with tensors that a shard holds and its index does not list.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -22,7 +23,19 @@ pub enum DuplicateNames {
     LastWins,
 }
 
-/// How to open a checkpoint, where the defaults of [`CheckpointIndex::open`] do not do.
+/// How to open a checkpoint where the defaults of [`CheckpointIndex::open`] do not do.
+///
+/// # Examples
+///
+/// ```no_run
+/// use tensora_formats::{Format, OpenOptions};
+///
+/// let index = OpenOptions::new()
+///     .format(Format::ServerlessLlmStore)
+///     .rank(0)
+///     .open("models/llama-tp2")?;
+/// # Ok::<(), tensora_formats::Error>(())
+/// ```
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct OpenOptions {
     format: Option<Format>,
@@ -32,7 +45,7 @@ pub struct OpenOptions {
 }
 
 impl OpenOptions {
-    /// The defaults.
+    /// The defaults: any format, all ranks, nothing tolerated that a format forbids.
     pub fn new() -> Self {
         Self::default()
     }
@@ -56,7 +69,8 @@ impl OpenOptions {
         self
     }
 
-    /// What to do with a tensor name that one header or index gives twice.
+    /// What to do with a tensor name that one header or index gives twice. Names that two files
+    /// share are refused in any case.
     pub fn duplicate_names(mut self, duplicate_names: DuplicateNames) -> Self {
         self.duplicate_names = duplicate_names;
         self
@@ -66,11 +80,13 @@ impl OpenOptions {
     ///
     /// # Errors
     ///
-    /// [`Error`] says which rule of the format is broken, in which file, by which tensor.
+    /// [`Error`](crate::Error) says which rule of the format is broken, in which file, by which
+    /// tensor.
     pub fn open(&self, path: impl AsRef<Path>) -> Result<CheckpointIndex> {
-        Err(Error::NoCheckpoint {
-            path: path.as_ref().to_owned(),
-            found: Vec::new(),
-        })
+        let tolerance = Tolerance {
+            unlisted_tensors: self.unlisted_tensors,
+            duplicate_names: self.duplicate_names,
+        };
+        recognise::open(path.as_ref(), self.format, self.rank, tolerance)
     }
 }

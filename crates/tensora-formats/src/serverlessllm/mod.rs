@@ -1,13 +1,25 @@
-//! Reading ServerlessLLM: the index in both dialects, and the partitions.
+//! Reading ServerlessLLM: the index in both dialects, partitions, and sets of ranks.
+
+mod checkpoint;
+mod index;
 
 use crate::Dtype;
+
+pub(crate) use self::checkpoint::{open_directory, open_ranks, rank_name, ranks};
+pub use self::index::{ServerlessLlmIndex, parse_serverlessllm_index};
 
 /// The name of the index file.
 pub(crate) const INDEX_NAME: &str = "tensor_index.json";
 
+/// How partition files' names begin; a number follows.
+const PARTITION_PREFIX: &str = "tensor.data_";
+
+/// How the names of ranks' directories begin; a number follows.
+const RANK_PREFIX: &str = "rank_";
+
 /// The name of a partition file.
 pub(crate) fn partition_name(partition: u64) -> String {
-    format!("tensor.data_{partition}")
+    format!("{PARTITION_PREFIX}{partition}")
 }
 
 /// The short lower-case dtype name of the partitioned dialect, such as `bf16`; `None` for the packed

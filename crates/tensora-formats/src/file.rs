@@ -1,0 +1,263 @@
+//! The little I/O that metadata needs: listing directories and reading from regular files only.
+
+use std::fs::{self, File, FileType, OpenOptions};
+use std::io::{self, Read};
+use std::path::Path;
+
+use crate::{Error, Result};
+
+/// How much of a file is enough to recognise it.
+const SNIFFED_BYTES: u64 = 512;
+
+/// The operation that the operating system refused, as an [`Error::Io`].
+fn io_error(path: &Path, operation: &'static str) -> impl FnOnce(io::Error) -> Error {
+    move |source| Error::Io {
+        path: path.to_owned(),
+        operation,
+        source,
+    }
+}
+
+/// What `path` leads to, following symbolic links.
+pub(crate) fn stat(path: &Path) -> Result<fs::Metadata> {
+    fs::metadata(path).map_err(|error| {
+        if error.kind() != io::ErrorKind::NotFound {
+            return io_error(path, "access")(error);
+        }
+        match fs::read_link(path) {
+            Ok(target) => Error::DanglingSymlink {
+                path: path.to_owned(),
+                target,
+            },
+            Err(_) => Error::NotFound {
+                path: path.to_owned(),
+            },
+        }
+    })
+}
+
+/// The length in bytes of the regular file `path`.
+fn regular_bytes(path: &Path) -> Result<u64> {
+    let metadata = stat(path)?;
+    require_regular(path, metadata.file_type())?;
+    Ok(metadata.len())
+}
+
+/// The length in bytes of a data file that has no header to be checked by.
+pub(crate) fn data_file_bytes(path: &Path) -> Result<u64> {
+    let bytes = regular_bytes(path)?;
+    if bytes <= SNIFFED_BYTES
+        && let Some(pointer @ Error::GitLfsPointer { .. }) =
+            foreign(path, &RegularFile::open(path)?.read(bytes)?)
+    {
+        return Err(pointer);
+    }
+    Ok(bytes)
+}
+
+fn require_regular(path: &Path, file_type: FileType) -> Result<()> {
+    if file_type.is_file() {
+        return Ok(());
+    }
+    Err(Error::NotARegularFile {
+        path: path.to_owned(),
+        kind: special_kind(file_type),
+    })
+}
+
+fn special_kind(file_type: FileType) -> &'static str {
+    if file_type.is_dir() {
+        return "a directory";
+    }
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::FileTypeExt;
+        if file_type.is_fifo() {
+            return "a named pipe";
+        }
+        if file_type.is_socket() {
+            return "a socket";
+        }
+        if file_type.is_block_device() || file_type.is_char_device() {
+            return "a device";
+        }
+    }
+    "no regular file"
+}
+
+/// A regular file open for reading, with its length at opening.
+pub(crate) struct RegularFile<'a> {
+    path: &'a Path,
+    file: File,
+    pub(crate) bytes: u64,
+}
+
+impl<'a> RegularFile<'a> {
+    pub(crate) fn open(path: &'a Path) -> Result<Self> {
+        // Before opening, because merely opening a device may act on it; again afterwards on the
+        // descriptor, because another process may have put something else there in between.
+        regular_bytes(path)?;
+        let mut options = OpenOptions::new();
+        options.read(true);
+        #[cfg(unix)]
+        {
+            use std::os::unix::fs::OpenOptionsExt;
+            // A pipe put there in between must not block the opening. No effect on regular files.
+            options.custom_flags(O_NONBLOCK);
+        }
+        let file = options.open(path).map_err(io_error(path, "open"))?;
+        let metadata = file.metadata().map_err(io_error(path, "access"))?;
+        require_regular(path, metadata.file_type())?;
+        Ok(Self {
+            path,
+            file,
+            bytes: metadata.len(),
+        })
+    }
+
+    /// Reads the next `count` bytes; fewer only if the file ends.
+    ///
+    /// `count` must be bounded by the caller: by a format's limit and by `self.bytes`.
+    pub(crate) fn read(&mut self, count: u64) -> Result<Vec<u8>> {
+        let count = count.min(self.bytes);
+        let mut content = Vec::with_capacity(usize::try_from(count).unwrap_or(0));
+        (&self.file)
+            .take(count)
+            .read_to_end(&mut content)
+            .map_err(io_error(self.path, "read"))?;
+        Ok(content)
+    }
+}
+
+/// Where the standard library has no name for a flag, one constant is no reason for a dependency. On
+/// targets not named here the check before opening has to do.
+#[cfg(unix)]
+const O_NONBLOCK: i32 = if cfg!(any(target_os = "linux", target_os = "android")) {
+    if cfg!(any(target_arch = "mips", target_arch = "mips64")) {
+        0x80
+    } else if cfg!(any(target_arch = "sparc", target_arch = "sparc64")) {
+        0x4000
+    } else {
+        0x800
+    }
+} else if cfg!(any(
+    target_vendor = "apple",
+    target_os = "freebsd",
+    target_os = "netbsd",
+    target_os = "openbsd",
+    target_os = "dragonfly"
+)) {
+    4
+} else {
+    0
+};
+
+/// Reads a whole index file, which may be no longer than `limit_bytes`.
+pub(crate) fn read_index(path: &Path, limit_bytes: u64) -> Result<Vec<u8>> {
+    let mut file = RegularFile::open(path)?;
+    if file.bytes > limit_bytes {
+        return Err(Error::IndexTooLarge {
+            path: path.to_owned(),
+            bytes: file.bytes,
+            limit_bytes,
+        });
+    }
+    let content = file.read(file.bytes)?;
+    match foreign(path, &content) {
+        Some(error @ Error::GitLfsPointer { .. }) => Err(error),
+        _ => Ok(content),
+    }
+}
+
+/// The names in a directory, sorted; lossy where they are not UTF-8.
+pub(crate) fn list(path: &Path) -> Result<Vec<String>> {
+    let mut names = fs::read_dir(path)
+        .map_err(io_error(path, "list"))?
+        .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
+        .collect::<io::Result<Vec<String>>>()
+        .map_err(io_error(path, "list"))?;
+    names.sort_unstable();
+    Ok(names)
+}
+
+/// Whether `path` leads to a directory.
+pub(crate) fn is_directory(path: &Path) -> bool {
+    fs::metadata(path).is_ok_and(|metadata| metadata.is_dir())
+}
+
+/// Whether anything is at `path`, be it a symbolic link to nothing.
+pub(crate) fn exists(path: &Path) -> bool {
+    fs::symlink_metadata(path).is_ok()
+}
+
+/// If the file that a format's own check refused is recognisably something else, that as an error;
+/// otherwise `refusal`.
+pub(crate) fn explain(path: &Path, refusal: Error) -> Error {
+    let start = RegularFile::open(path).and_then(|mut file| file.read(SNIFFED_BYTES));
+    start
+        .ok()
+        .and_then(|start| foreign(path, &start))
+        .unwrap_or(refusal)
+}
+
+/// What a file that starts with `start` is, if it is something that users take for a checkpoint.
+fn foreign(path: &Path, start: &[u8]) -> Option<Error> {
+    if start.starts_with(b"version https://git-lfs.github.com/spec/") {
+        let text = String::from_utf8_lossy(start);
+        let size = text.lines().find_map(|line| line.strip_prefix("size "));
+        return Some(Error::GitLfsPointer {
+            path: path.to_owned(),
+            bytes: size.and_then(|size| size.trim().parse().ok()),
+        });
+    }
+    let kind = match start {
+        [b'P', b'K', 3, 4, ..] => "a zip archive, most likely a PyTorch checkpoint (.bin, .pt)",
+        [0x80, 2..=5, ..] => "a Python pickle, most likely a PyTorch checkpoint (.bin, .pt)",
+        [b'G', b'G', b'U', b'F', ..] => "a GGUF file",
+        [0x89, b'H', b'D', b'F', ..] => "an HDF5 file",
+        [0x93, b'N', b'U', b'M', b'P', b'Y', ..] => "a NumPy array file",
+        [0x1f, 0x8b, ..] => "a gzip archive",
+        [0x28, 0xb5, 0x2f, 0xfd, ..] => "a Zstandard archive",
+        [b'<', b'!' | b'h' | b'H', ..] => {
+            "an HTML page, most likely an error message that a download has saved"
+        }
+        [b'{', b'"' | b'\n' | b'\r' | b' ', ..] => {
+            "a JSON text that is neither a *.safetensors.index.json nor a tensor_index.json"
+        }
+        _ => return None,
+    };
+    Some(Error::ForeignFile {
+        path: path.to_owned(),
+        kind,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn foreign_files_are_recognised_by_content() {
+        for (start, expected) in [
+            (&b"PK\x03\x04\0\0"[..], "PyTorch"),
+            (b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9", "pickle"),
+            (b"GGUF\x03\0\0\0", "GGUF"),
+            (b"\x89HDF\r\n\x1a\n", "HDF5"),
+            (b"\x93NUMPY\x01\0", "NumPy"),
+            (b"\x1f\x8b\x08\0", "gzip"),
+            (b"\x28\xb5\x2f\xfd\0", "Zstandard"),
+            (b"<!DOCTYPE html>", "HTML"),
+            (b"{\n  \"architectures\": []}", "JSON"),
+        ] {
+            let error = foreign(Path::new("m.bin"), start).unwrap();
+            assert!(matches!(error, Error::ForeignFile { .. }));
+            let message = error.to_string();
+            assert!(
+                message.starts_with("m.bin: ") && message.contains(expected),
+                "{message}"
+            );
+        }
+        assert!(foreign(Path::new("m"), b"").is_none());
+        assert!(foreign(Path::new("m"), &[0xff; 600]).is_none());
+    }
+}

@@ -1,0 +1,355 @@
+//! SafeTensors checkpoints: one file, an index with its shards, or a directory without an index.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::path::{Path, PathBuf};
+
+use super::{
+    FILE_SUFFIX, HEADER_LIMIT_BYTES, LENGTH_BYTES, SafetensorsHeader, SafetensorsIndex,
+    parse_safetensors_header, parse_safetensors_index, safetensors_header_bytes,
+};
+use crate::file::{self, RegularFile};
+use crate::{
+    CheckpointIndex, DuplicateNames, Error, FileEntry, Format, Note, Result, TensorEntry,
+    UnlistedTensors,
+};
+
+/// What of the options concerns SafeTensors.
+#[derive(Clone, Copy)]
+pub(crate) struct Tolerance {
+    pub(crate) unlisted_tensors: UnlistedTensors,
+    pub(crate) duplicate_names: DuplicateNames,
+}
+
+/// A checkpoint of files that have been read one after the other.
+struct Files {
+    files: Vec<FileEntry>,
+    metadata: BTreeMap<String, String>,
+    notes: Vec<Note>,
+}
+
+impl Files {
+    fn new() -> Self {
+        Self {
+            files: Vec::new(),
+            metadata: BTreeMap::new(),
+            notes: Vec::new(),
+        }
+    }
+
+    /// Reads the header of the next file, takes note of the file and returns its tensors.
+    fn read(
+        &mut self,
+        path: PathBuf,
+        name: &str,
+        duplicate_names: DuplicateNames,
+    ) -> Result<Vec<TensorEntry>> {
+        let (header, bytes) = read_header(&path, duplicate_names)?;
+        for (key, value) in header.metadata {
+            match self.metadata.get(&key) {
+                None => {
+                    self.metadata.insert(key, value);
+                }
+                Some(kept) if *kept != value => self.note_conflict(key, value, name),
+                Some(_) => {}
+            }
+        }
+        let file = self.files.len();
+        self.files.push(FileEntry {
+            path,
+            name: name.to_owned(),
+            bytes,
+        });
+        let mut tensors = header.tensors;
+        for tensor in &mut tensors {
+            tensor.file = file;
+        }
+        Ok(tensors)
+    }
+
+    /// Takes note of the first conflict about a key; a hundred shards need not repeat it.
+    fn note_conflict(&mut self, key: String, dropped: String, file: &str) {
+        let known = self
+            .notes
+            .iter()
+            .any(|note| matches!(note, Note::MetadataConflict { key: known, .. } if *known == key));
+        if !known && let Some(kept) = self.metadata.get(&key) {
+            self.notes.push(Note::MetadataConflict {
+                kept: kept.clone(),
+                file: file.to_owned(),
+                key,
+                dropped,
+            });
+        }
+    }
+
+    fn finish(self, root: &Path, mut tensors: Vec<TensorEntry>) -> CheckpointIndex {
+        tensors.sort_unstable_by(|left, right| left.name.cmp(&right.name));
+        CheckpointIndex {
+            format: Format::Safetensors,
+            root: root.to_owned(),
+            files: self.files,
+            tensors,
+            metadata: self.metadata,
+            notes: self.notes,
+        }
+    }
+}
+
+/// Reads and parses the header of one file; also returns the file's length in bytes.
+fn read_header(path: &Path, duplicate_names: DuplicateNames) -> Result<(SafetensorsHeader, u64)> {
+    let mut file = RegularFile::open(path)?;
+    let start = file.read(LENGTH_BYTES)?;
+    let header_bytes = safetensors_header_bytes(path, &start, file.bytes)
+        .map_err(|refusal| file::explain(path, refusal))?;
+    let header = file.read(header_bytes)?;
+    let header = parse_safetensors_header(path, &header, file.bytes, duplicate_names)?;
+    Ok((header, file.bytes))
+}
+
+/// Opens one file as a whole checkpoint.
+pub(crate) fn open_file(
+    root: &Path,
+    path: &Path,
+    name: &str,
+    tolerance: Tolerance,
+) -> Result<CheckpointIndex> {
+    let mut files = Files::new();
+    let tensors = files.read(path.to_owned(), name, tolerance.duplicate_names)?;
+    Ok(files.finish(root, tensors))
+}
+
+/// Opens the shards that an index lists.
+pub(crate) fn open_indexed(
+    root: &Path,
+    index_name: &str,
+    tolerance: Tolerance,
+) -> Result<CheckpointIndex> {
+    let path = &root.join(index_name);
+    let content = file::read_index(path, HEADER_LIMIT_BYTES)?;
+    let index = parse_safetensors_index(path, &content, tolerance.duplicate_names)?;
+
+    // All that are missing at once, before any is read: they are downloaded again together.
+    let missing: Vec<String> = index
+        .files
+        .iter()
+        .filter(|name| !file::exists(&root.join(name)))
+        .cloned()
+        .collect();
+    if !missing.is_empty() {
+        return Err(Error::MissingShards {
+            path: path.to_owned(),
+            missing,
+        });
+    }
+
+    let mut files = Files::new();
+    let mut stored = Vec::with_capacity(index.tensors.len());
+    for name in &index.files {
+        stored.append(&mut files.read(root.join(name), name, tolerance.duplicate_names)?);
+    }
+    let (tensors, unlisted) = listed(path, &index, stored)?;
+    if !unlisted.is_empty() {
+        match tolerance.unlisted_tensors {
+            UnlistedTensors::Reject => {
+                return Err(Error::UnlistedTensors {
+                    path: path.to_owned(),
+                    tensors: unlisted,
+                });
+            }
+            UnlistedTensors::Ignore => {
+                files.notes.push(Note::TensorsIgnored { tensors: unlisted });
+            }
+        }
+    }
+
+    let actual_bytes = crate::index::data_bytes(&tensors);
+    if let Some(stated_bytes) = index.total_bytes
+        && stated_bytes != actual_bytes
+    {
+        files.notes.push(Note::TotalSizeDiffers {
+            index: index_name.to_owned(),
+            stated_bytes,
+            actual_bytes,
+        });
+    }
+    let left_alone: Vec<String> = data_files(&file::list(root)?)
+        .filter(|name| index.files.binary_search(name).is_err())
+        .cloned()
+        .collect();
+    if !left_alone.is_empty() {
+        files.notes.push(Note::FilesLeftAlone { files: left_alone });
+    }
+    Ok(files.finish(root, tensors))
+}
+
+/// Divides the tensors that the shards hold into those that the index lists and the names of the
+/// rest, and makes sure that each listed tensor is in its shard and in no other.
+fn listed(
+    path: &Path,
+    index: &SafetensorsIndex,
+    stored: Vec<TensorEntry>,
+) -> Result<(Vec<TensorEntry>, Vec<String>)> {
+    let mut tensors = Vec::with_capacity(index.tensors.len());
+    let mut unlisted = Vec::new();
+    // By position in `index.tensors`: whether the tensor was met where it belongs, and where else.
+    let mut found = vec![false; index.tensors.len()];
+    let mut elsewhere: HashMap<usize, usize> = HashMap::new();
+    for tensor in stored {
+        let position = index
+            .tensors
+            .binary_search_by(|(name, _)| name.cmp(&tensor.name));
+        match position {
+            Err(_) => unlisted.push(tensor.name),
+            Ok(position) if index.tensors[position].1 == tensor.file => {
+                found[position] = true;
+                tensors.push(tensor);
+            }
+            Ok(position) => {
+                elsewhere.entry(position).or_insert(tensor.file);
+            }
+        }
+    }
+
+    let mut absent = (0..found.len()).filter(|&position| !found[position]);
+    if let Some(position) = absent.next() {
+        let (tensor, file) = &index.tensors[position];
+        return Err(Error::TensorNotInShard {
+            path: path.to_owned(),
+            tensor: tensor.clone(),
+            shard: index.files[*file].clone(),
+            found_in: elsewhere
+                .get(&position)
+                .map(|&file| index.files[file].clone()),
+            others: absent.count(),
+        });
+    }
+    // The smallest, so that the message is the same every time.
+    if let Some((&position, &second)) = elsewhere.iter().min() {
+        let (tensor, first) = &index.tensors[position];
+        return Err(Error::TensorInTwoShards {
+            path: path.to_owned(),
+            tensor: tensor.clone(),
+            first: index.files[*first].clone(),
+            second: index.files[second].clone(),
+        });
+    }
+    Ok((tensors, unlisted))
+}
+
+/// Opens all SafeTensors files of a directory that has no index.
+pub(crate) fn open_unindexed(
+    root: &Path,
+    names: &[String],
+    tolerance: Tolerance,
+) -> Result<CheckpointIndex> {
+    let names: Vec<String> = data_files(names).cloned().collect();
+    let missing = missing_by_number(&names);
+    if !missing.is_empty() {
+        return Err(Error::MissingShards {
+            path: root.to_owned(),
+            missing,
+        });
+    }
+
+    let mut files = Files::new();
+    let mut tensors: Vec<TensorEntry> = Vec::new();
+    for name in &names {
+        tensors.append(&mut files.read(root.join(name), name, tolerance.duplicate_names)?);
+    }
+    let mut holders: HashMap<&str, usize> = HashMap::with_capacity(tensors.len());
+    for tensor in &tensors {
+        if let Some(first) = holders.insert(&tensor.name, tensor.file) {
+            return Err(Error::TensorInTwoFiles {
+                path: root.to_owned(),
+                tensor: tensor.name.clone(),
+                first: names[first].clone(),
+                second: names[tensor.file].clone(),
+            });
+        }
+    }
+    Ok(files.finish(root, tensors))
+}
+
+/// The data files among a directory's names. Hidden ones are other programs' by-products, such as the
+/// `._model.safetensors` that macOS leaves on foreign file systems.
+pub(crate) fn data_files(names: &[String]) -> impl Iterator<Item = &String> {
+    names
+        .iter()
+        .filter(|name| name.ends_with(FILE_SUFFIX) && !name.starts_with('.'))
+}
+
+/// The shards that the others' numbering (`model-00002-of-00003.safetensors`) says there should be.
+///
+/// Without an index nothing else tells a partial download from a whole one.
+fn missing_by_number(names: &[String]) -> Vec<String> {
+    // By what is the same in all names of a set: text before, digits of the number, total as text.
+    let mut sets: BTreeMap<(&str, usize, &str), BTreeSet<u64>> = BTreeMap::new();
+    for name in names {
+        if let Some((before, number, total)) = numbered(name)
+            && let Ok(parsed) = number.parse()
+        {
+            sets.entry((before, number.len(), total))
+                .or_default()
+                .insert(parsed);
+        }
+    }
+    let mut missing = Vec::new();
+    for ((before, digits, total), present) in sets {
+        // A total far above what is there is no reason to list a billion names.
+        let count = total.parse::<u64>().unwrap_or(0).min(100_000);
+        // Most writers count from 1, some from 0.
+        let first = u64::from(!present.contains(&0));
+        let absent = (first..first + count).filter(|number| !present.contains(number));
+        missing.extend(
+            absent.map(|number| format!("{before}-{number:0digits$}-of-{total}{FILE_SUFFIX}")),
+        );
+    }
+    missing
+}
+
+/// Splits `before-00001-of-00003.safetensors`.
+fn numbered(name: &str) -> Option<(&str, &str, &str)> {
+    let stem = name.strip_suffix(FILE_SUFFIX)?;
+    let (rest, total) = stem.rsplit_once("-of-")?;
+    let (before, number) = rest.rsplit_once('-')?;
+    let all_digits = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+    (all_digits(number) && all_digits(total)).then_some((before, number, total))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn missing(names: &[&str]) -> Vec<String> {
+        let names: Vec<String> = names.iter().map(|&name| name.to_owned()).collect();
+        missing_by_number(&names)
+    }
+
+    #[test]
+    fn numbered_names_tell_what_is_missing() {
+        assert_eq!(
+            missing(&[
+                "m-00001-of-00003.safetensors",
+                "m-00003-of-00003.safetensors"
+            ]),
+            ["m-00002-of-00003.safetensors"]
+        );
+        assert_eq!(
+            missing(&["m-00000-of-00002.safetensors", "x-1-of-1.safetensors"]),
+            ["m-00001-of-00002.safetensors"]
+        );
+        assert_eq!(
+            missing(&["m-00001-of-000002.safetensors"]),
+            ["m-00002-of-000002.safetensors"]
+        );
+        assert_eq!(
+            missing(&[
+                "model.safetensors",
+                "a-of-b.safetensors",
+                "one-of-2.safetensors",
+                "-1-of-1.safetensors",
+            ]),
+            [""; 0]
+        );
+    }
+}

@@ -1,0 +1,237 @@
+use std::collections::HashMap;
+use std::path::Path;
+
+use serde_json::value::RawValue;
+
+use crate::{DuplicateNames, Error, Result, json};
+
+/// A parsed index of a SafeTensors checkpoint that consists of several files.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct SafetensorsIndex {
+    /// The names of the files that belong to the checkpoint, sorted and unique; each is relative and
+    /// stays below the index's directory.
+    pub files: Vec<String>,
+    /// The tensors, sorted by name, each with the position of its file in `files`.
+    pub tensors: Vec<(String, usize)>,
+    /// `metadata.total_size`, the bytes of all tensors together, where it is a whole number.
+    pub total_bytes: Option<u64>,
+}
+
+/// Parses a `*.safetensors.index.json`.
+///
+/// Only the `weight_map` is required. `path` is only named in errors.
+///
+/// # Errors
+///
+/// [`Error::MissingKey`], [`Error::DuplicateKey`], [`Error::UnexpectedValue`],
+/// [`Error::DuplicateTensor`] (unless the last wins), [`Error::UnsafeFileName`], or one of the errors
+/// about JSON text.
+pub fn parse_safetensors_index(
+    path: &Path,
+    index: &[u8],
+    duplicate_names: DuplicateNames,
+) -> Result<SafetensorsIndex> {
+    let text = json::text(path, index)?;
+    let mut weight_map = None;
+    let mut metadata = None;
+    for (key, value) in json::object(path, text, text, "the index")? {
+        let known = match key.as_str() {
+            "weight_map" => &mut weight_map,
+            "metadata" => &mut metadata,
+            _ => continue,
+        };
+        if known.replace(value).is_some() {
+            return Err(Error::DuplicateKey {
+                path: path.to_owned(),
+                key,
+            });
+        }
+    }
+    let Some(weight_map) = weight_map else {
+        return Err(Error::MissingKey {
+            path: path.to_owned(),
+            key: "weight_map",
+        });
+    };
+
+    let (files, tensors) = parse_weight_map(path, text, weight_map, duplicate_names)?;
+    Ok(SafetensorsIndex {
+        files,
+        tensors,
+        total_bytes: match metadata {
+            Some(metadata) => total_bytes(path, text, metadata)?,
+            None => None,
+        },
+    })
+}
+
+type WeightMap = (Vec<String>, Vec<(String, usize)>);
+
+fn parse_weight_map(
+    path: &Path,
+    text: &str,
+    weight_map: &RawValue,
+    duplicate_names: DuplicateNames,
+) -> Result<WeightMap> {
+    let entries = json::object(path, text, weight_map.get(), "weight_map")?;
+    // A checkpoint has few files and many tensors: each file name is kept and checked once.
+    let mut numbers: HashMap<String, usize> = HashMap::new();
+    let mut tensors = Vec::with_capacity(entries.len());
+    for (tensor, value) in entries {
+        if json::kind(value) != "a string" {
+            return Err(Error::UnexpectedValue {
+                path: path.to_owned(),
+                key: format!("weight_map.{tensor}"),
+                expected: "a file's name",
+                found: json::kind(value),
+            });
+        }
+        let name = json::string(path, text, value)?;
+        let next = numbers.len();
+        let number = match numbers.get(&name) {
+            Some(&number) => number,
+            None => {
+                if let Some(reason) = unsafe_reason(&name) {
+                    return Err(Error::UnsafeFileName {
+                        path: path.to_owned(),
+                        tensor,
+                        name,
+                        reason,
+                    });
+                }
+                numbers.insert(name, next);
+                next
+            }
+        };
+        tensors.push((tensor, number));
+    }
+    json::sort_unique(path, &mut tensors, duplicate_names)?;
+
+    // From the order in which the names were met to the sorted order, without those whose every
+    // tensor lost to a later entry.
+    let mut positions = vec![None; numbers.len()];
+    for &(_, number) in &tensors {
+        positions[number] = Some(0);
+    }
+    let mut files: Vec<(String, usize)> = numbers
+        .into_iter()
+        .filter(|&(_, number)| positions[number].is_some())
+        .collect();
+    files.sort_unstable();
+    for (position, &(_, number)) in files.iter().enumerate() {
+        positions[number] = Some(position);
+    }
+    for (_, number) in &mut tensors {
+        *number = positions[*number].unwrap_or_default();
+    }
+    Ok((files.into_iter().map(|(name, _)| name).collect(), tensors))
+}
+
+/// What is wrong with a file name that somebody else wrote; `None` if it stays below its directory.
+fn unsafe_reason(name: &str) -> Option<&'static str> {
+    // Both separators count on every platform: the same checkpoint must not be safe on one only.
+    let separators = ['/', '\\'];
+    if name.is_empty() {
+        Some("is empty")
+    } else if name.contains('\0') {
+        Some("contains a NUL")
+    } else if name.starts_with(separators) {
+        Some("is absolute")
+    } else if matches!(name.as_bytes(), [drive, b':', ..] if drive.is_ascii_alphabetic()) {
+        Some("has a drive prefix")
+    } else if name.split(separators).any(|component| component == "..") {
+        Some("climbs with \"..\"")
+    } else {
+        None
+    }
+}
+
+fn total_bytes(path: &Path, text: &str, metadata: &RawValue) -> Result<Option<u64>> {
+    if json::kind(metadata) == "null" {
+        return Ok(None);
+    }
+    let entries = json::object(path, text, metadata.get(), "metadata")?;
+    // Informative only, so that whatever else stands there is no error. Some writers make it a float.
+    Ok(entries
+        .into_iter()
+        .find(|(key, _)| key == "total_size")
+        .and_then(|(_, value)| {
+            let (whole, fraction) = value.get().split_once('.').unwrap_or((value.get(), ""));
+            let whole = whole.parse().ok()?;
+            fraction.bytes().all(|digit| digit == b'0').then_some(whole)
+        }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn file_names_stay_below_their_directory() {
+        for name in [
+            "a.safetensors",
+            "sub/a",
+            "a..b",
+            "...",
+            "ab:c",
+            "./a",
+            "a b",
+            "ä",
+        ] {
+            assert_eq!(unsafe_reason(name), None, "{name}");
+        }
+        for name in [
+            "",
+            "/a",
+            "\\a",
+            "\\\\server\\a",
+            "C:a",
+            "c:\\a",
+            "..",
+            "../a",
+            "a/../b",
+            "a\\..\\b",
+            "a/..",
+            "a\0b",
+        ] {
+            assert!(unsafe_reason(name).is_some(), "{name:?}");
+        }
+    }
+
+    #[test]
+    fn the_total_is_informative() {
+        let parse = |metadata: &str| {
+            let text = format!("{{\"metadata\": {metadata}, \"weight_map\": {{}}}}");
+            parse_safetensors_index(Path::new("i"), text.as_bytes(), DuplicateNames::Reject)
+                .unwrap()
+                .total_bytes
+        };
+        assert_eq!(parse("{\"total_size\": 12}"), Some(12));
+        assert_eq!(parse("{\"total_size\": 12.0}"), Some(12));
+        for other in [
+            "null",
+            "{}",
+            "{\"total_size\": 1.5}",
+            "{\"total_size\": -1}",
+            "{\"total_size\": \"12\"}",
+            "{\"total_size\": 1e3}",
+        ] {
+            assert_eq!(parse(other), None, "{other}");
+        }
+    }
+
+    #[test]
+    fn files_are_sorted_and_the_last_of_equal_names_can_win() {
+        let text = br#"{"weight_map": {"b": "z", "a": "y", "c": "x", "b": "y"}}"#;
+        let index =
+            parse_safetensors_index(Path::new("i"), text, DuplicateNames::LastWins).unwrap();
+        assert_eq!(index.files, ["x", "y"]);
+        let tensors: Vec<_> = index
+            .tensors
+            .iter()
+            .map(|(name, file)| (name.as_str(), *file))
+            .collect();
+        assert_eq!(tensors, [("a", 1), ("b", 1), ("c", 0)]);
+    }
+}

@@ -1,0 +1,343 @@
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use serde_json::value::RawValue;
+
+use super::{partition_name, short_name};
+use crate::json::{self, Array, Place};
+use crate::safetensors::data_bytes;
+use crate::{Dtype, DuplicateNames, Error, Format, Result, TensorEntry};
+
+/// A parsed `tensor_index.json`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ServerlessLlmIndex {
+    /// Which of the two dialects it is written in. An index without tensors is taken for the store
+    /// dialect.
+    pub format: Format,
+    /// The tensors, sorted by name. The `file` of each is its partition's number, and its offset
+    /// counts from the start of that partition.
+    pub tensors: Vec<TensorEntry>,
+}
+
+/// Parses a ServerlessLLM index of either dialect and checks it against its partitions.
+///
+/// `partition_bytes` holds the lengths of `tensor.data_0`, `tensor.data_1`, … in bytes. `path`, the
+/// path of the index, is only named in errors, as are the partitions beside it.
+///
+/// # Errors
+///
+/// One [`Error`] variant per rule of the format, naming the tensor or the partition that breaks it.
+pub fn parse_serverlessllm_index(
+    path: &Path,
+    index: &[u8],
+    partition_bytes: &[u64],
+    duplicate_names: DuplicateNames,
+) -> Result<ServerlessLlmIndex> {
+    let text = json::text(path, index)?;
+    let mut raw = json::object(path, text, text, "the index")?;
+    json::sort_unique(path, &mut raw, duplicate_names)?;
+
+    let mut entries = Vec::with_capacity(raw.len());
+    for (name, value) in raw {
+        entries.push(Entry::parse(path, text, name, value)?);
+    }
+    let format = dialect(path, &entries)?;
+    let tensors = place(path, entries, partition_bytes)?;
+    Ok(ServerlessLlmIndex { format, tensors })
+}
+
+/// One entry, sound in itself but not yet checked against the partitions.
+struct Entry {
+    tensor: TensorEntry,
+    /// The partition, in the dialect that names it.
+    partition: Option<u64>,
+}
+
+impl Entry {
+    fn parse(path: &Path, text: &str, name: String, value: &RawValue) -> Result<Self> {
+        let at = |field| Place {
+            path,
+            tensor: &name,
+            field,
+        };
+        let Ok(fields) = serde_json::from_str::<Array<'_, 6>>(value.get()) else {
+            return Err(at("its entry").wrong_type("an array of 5 or 6 fields", value));
+        };
+        let (offset, bytes, shape, strides, dtype, partition) =
+            match (fields.first.as_slice(), fields.count) {
+                (&[offset, bytes, shape, strides, dtype], 5) => {
+                    (offset, bytes, shape, strides, dtype, None)
+                }
+                (&[offset, bytes, shape, strides, dtype, partition], 6) => {
+                    (offset, bytes, shape, strides, dtype, Some(partition))
+                }
+                _ => {
+                    return Err(Error::FieldCount {
+                        path: path.to_owned(),
+                        tensor: name.clone(),
+                        count: fields.count,
+                    });
+                }
+            };
+        let offset = at("offset").number(offset)?;
+        let bytes = at("size").number(bytes)?;
+        let shape = at("shape").numbers(shape)?;
+        let strides = at("stride").numbers(strides)?;
+        if json::kind(dtype) != "a string" {
+            return Err(at("dtype").wrong_type("a dtype's name", dtype));
+        }
+        let dtype_name = json::string(path, text, dtype)?;
+        let Some(dtype) = parse_dtype(&dtype_name) else {
+            return Err(Error::UnknownDtype {
+                path: path.to_owned(),
+                tensor: name,
+                dtype: dtype_name,
+            });
+        };
+        let partition = partition
+            .map(|partition| at("partition").number(partition))
+            .transpose()?;
+
+        let strides = resolve_strides(path, &name, dtype, &shape, strides, bytes)?;
+        Ok(Self {
+            tensor: TensorEntry {
+                name,
+                dtype,
+                shape,
+                file: 0,
+                offset,
+                bytes,
+                strides,
+            },
+            partition,
+        })
+    }
+}
+
+/// The dtype that either dialect calls `name`.
+fn parse_dtype(name: &str) -> Option<Dtype> {
+    let by_short_name = || {
+        Dtype::ALL
+            .iter()
+            .copied()
+            .find(|&dtype| short_name(dtype) == Some(name))
+    };
+    Dtype::from_torch_name(name).or_else(by_short_name)
+}
+
+/// Checks strides and stored size against shape and dtype; returns the strides of a tensor that is
+/// not contiguous.
+fn resolve_strides(
+    path: &Path,
+    tensor: &str,
+    dtype: Dtype,
+    shape: &[u64],
+    strides: Vec<u64>,
+    stored_bytes: u64,
+) -> Result<Option<Vec<u64>>> {
+    if shape.len() != strides.len() {
+        return Err(Error::StrideCount {
+            path: path.to_owned(),
+            tensor: tensor.to_owned(),
+            dimensions: shape.len(),
+            strides: strides.len(),
+        });
+    }
+    let packed_bytes = data_bytes(path, tensor, dtype, shape)?;
+    if is_row_major(shape, &strides) {
+        if packed_bytes != stored_bytes {
+            return Err(Error::SizeMismatch {
+                path: path.to_owned(),
+                tensor: tensor.to_owned(),
+                dtype,
+                shape: shape.to_owned(),
+                needed_bytes: packed_bytes,
+                stored_bytes,
+            });
+        }
+        return Ok(None);
+    }
+    let needed_bytes = view_bytes(dtype, shape, &strides);
+    if needed_bytes > stored_bytes {
+        return Err(Error::StorageTooSmall {
+            path: path.to_owned(),
+            tensor: tensor.to_owned(),
+            needed_bytes,
+            stored_bytes,
+        });
+    }
+    Ok(Some(strides))
+}
+
+/// Whether elements at `strides` lie in row-major order without gaps. The stride of a dimension of 1
+/// is never used and may be anything, as may all strides if there are no elements.
+fn is_row_major(shape: &[u64], strides: &[u64]) -> bool {
+    if shape.contains(&0) {
+        return true;
+    }
+    let mut packed_stride = 1u64;
+    shape
+        .iter()
+        .zip(strides)
+        .rev()
+        .all(|(&dimension, &stride)| {
+            let packed = dimension == 1 || stride == packed_stride;
+            packed_stride = packed_stride.saturating_mul(dimension);
+            packed
+        })
+}
+
+/// The bytes from the start of the storage to the end of the last element; saturating. No dimension
+/// may be 0.
+fn view_bytes(dtype: Dtype, shape: &[u64], strides: &[u64]) -> u64 {
+    let last_element = shape
+        .iter()
+        .zip(strides)
+        .fold(0u64, |last, (&dimension, &stride)| {
+            last.saturating_add((dimension - 1).saturating_mul(stride))
+        });
+    last_element
+        .saturating_add(1)
+        .saturating_mul(u64::from(dtype.bits() / 8))
+}
+
+/// The dialect that all entries share.
+fn dialect(path: &Path, entries: &[Entry]) -> Result<Format> {
+    let store = entries.iter().find(|entry| entry.partition.is_none());
+    let partitioned = entries.iter().find(|entry| entry.partition.is_some());
+    match (store, partitioned) {
+        (Some(store), Some(partitioned)) => Err(Error::MixedDialects {
+            path: path.to_owned(),
+            store: store.tensor.name.clone(),
+            partitioned: partitioned.tensor.name.clone(),
+        }),
+        (None, Some(_)) => Ok(Format::ServerlessLlmPartitioned),
+        _ => Ok(Format::ServerlessLlmStore),
+    }
+}
+
+/// What a partition lacks.
+#[derive(Default)]
+struct Shortfall {
+    needed_bytes: u64,
+    damaged: Vec<String>,
+}
+
+/// Turns each entry's offset into one within its partition and checks that the partition reaches so
+/// far.
+fn place(path: &Path, entries: Vec<Entry>, partition_bytes: &[u64]) -> Result<Vec<TensorEntry>> {
+    // Where each partition starts in the concatenation that the store dialect counts through.
+    let mut next_start = 0u64;
+    let starts: Vec<u64> = partition_bytes
+        .iter()
+        .map(|&bytes| {
+            let start = next_start;
+            next_start = next_start.saturating_add(bytes);
+            start
+        })
+        .collect();
+
+    let mut shortfalls: BTreeMap<usize, Shortfall> = BTreeMap::new();
+    let mut tensors = Vec::with_capacity(entries.len());
+    for Entry {
+        mut tensor,
+        partition,
+    } in entries
+    {
+        let global_offset = tensor.offset;
+        let file = match partition {
+            Some(partition) => usize::try_from(partition).ok(),
+            // The last partition that starts at or before the offset: empty ones hold nothing.
+            None => starts
+                .partition_point(|&start| start <= global_offset)
+                .checked_sub(1),
+        };
+        let Some((file, &file_bytes)) =
+            file.and_then(|file| Some((file, partition_bytes.get(file)?)))
+        else {
+            return Err(Error::MissingPartition {
+                path: path.to_owned(),
+                partition: partition.unwrap_or(0),
+                tensor: Some(tensor.name),
+                partitions: partition_bytes.len(),
+            });
+        };
+        let start = if partition.is_none() { starts[file] } else { 0 };
+        tensor.file = file;
+        tensor.offset = global_offset - start;
+        if global_offset.checked_add(tensor.bytes).is_none() {
+            return Err(Error::RangeOverflow {
+                path: path.to_owned(),
+                tensor: tensor.name,
+                offset: global_offset,
+                bytes: tensor.bytes,
+            });
+        }
+        let end = tensor.offset + tensor.bytes;
+        if end > file_bytes {
+            if partition.is_none() && file + 1 < partition_bytes.len() {
+                return Err(Error::CrossesPartition {
+                    path: path.to_owned(),
+                    tensor: tensor.name,
+                    offset: global_offset,
+                    bytes: tensor.bytes,
+                    partition: file as u64,
+                    partition_end: start.saturating_add(file_bytes),
+                });
+            }
+            let shortfall = shortfalls.entry(file).or_default();
+            shortfall.needed_bytes = shortfall.needed_bytes.max(end);
+            shortfall.damaged.push(tensor.name.clone());
+        }
+        tensors.push(tensor);
+    }
+    match shortfalls.pop_first() {
+        None => Ok(tensors),
+        Some((partition, shortfall)) => Err(Error::PartitionTooShort {
+            path: path.with_file_name(partition_name(partition as u64)),
+            partition_bytes: partition_bytes[partition],
+            needed_bytes: shortfall.needed_bytes,
+            damaged: shortfall.damaged,
+        }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn row_major_is_what_torch_calls_contiguous() {
+        assert!(is_row_major(&[], &[]));
+        assert!(is_row_major(&[2, 3], &[3, 1]));
+        assert!(is_row_major(&[2, 1, 3], &[3, 99, 1]));
+        assert!(is_row_major(&[2, 0], &[7, 7]));
+        assert!(!is_row_major(&[2, 3], &[1, 2]));
+        assert!(!is_row_major(&[2, 3], &[4, 1]));
+        assert!(!is_row_major(&[4], &[0]));
+    }
+
+    #[test]
+    fn a_view_reaches_to_its_last_element() {
+        assert_eq!(view_bytes(Dtype::F32, &[2, 3], &[1, 2]), 6 * 4);
+        assert_eq!(view_bytes(Dtype::F16, &[2, 3], &[10, 2]), (10 + 4 + 1) * 2);
+        assert_eq!(view_bytes(Dtype::U8, &[1 << 40], &[0]), 1);
+        assert_eq!(view_bytes(Dtype::U8, &[3], &[u64::MAX]), u64::MAX);
+    }
+
+    #[test]
+    fn both_spellings_of_a_dtype() {
+        for &dtype in Dtype::ALL {
+            for name in [dtype.torch_name(), short_name(dtype)]
+                .into_iter()
+                .flatten()
+            {
+                assert_eq!(parse_dtype(name), Some(dtype), "{name}");
+            }
+        }
+        for name in ["BF16", "bfloat16", "f4", "", "torch.f32"] {
+            assert_eq!(parse_dtype(name), None, "{name}");
+        }
+    }
+}
