@@ -171,7 +171,7 @@ pub struct StorageFacts {
     /// Name of the block device (`nvme0n1`), of the whole disk for a partition, or `major:minor` where
     /// the system does not name it; `None` where there is no single device.
     pub device: Option<String>,
-    /// Whether the device has moving heads.
+    /// Whether the device says that it has moving heads. Virtual disks often do, whatever lies below.
     pub rotational: Option<bool>,
     /// Whether all files can be read with direct I/O.
     pub direct: DirectSupport,

@@ -19,10 +19,10 @@ pub(crate) use rings::{io_uring_unavailable, try_ring};
 impl Platform {
     /// Examines this machine and this process on it.
     ///
-    /// Backends are tried: a ring is made, memory is copied. Everything else is read from the kernel, in
-    /// about a millisecond altogether. What cannot be found out is `None`, so this never fails. Memory
-    /// is a snapshot; probe again rather than keep it. [`storage`](Self::storage) stays `None`: it needs
-    /// files, see [`StorageFacts::probe`](crate::StorageFacts::probe).
+    /// Backends are tried: a ring is made, memory is copied. Everything else is read from the kernel,
+    /// in less than a millisecond altogether. What cannot be found out is `None`, so this never fails.
+    /// Memory is a snapshot; probe again rather than keep it. [`storage`](Self::storage) stays `None`:
+    /// it needs files, see [`StorageFacts::probe`](crate::StorageFacts::probe).
     ///
     /// ```
     /// use tensora_io::{Availability, Platform};
@@ -98,11 +98,8 @@ mod linux {
     const LONGEST_TEXT_BYTES: u64 = 1 << 20;
 
     pub(super) fn complete(platform: &mut Platform) {
-        platform.kernel = rustix::system::uname()
-            .release()
-            .to_str()
-            .ok()
-            .map(str::to_owned);
+        platform.kernel =
+            read_text("/proc/sys/kernel/osrelease").map(|release| release.trim().to_owned());
         platform.page_bytes = rustix::param::page_size() as u64;
         platform.huge_pages = read_text("/sys/kernel/mm/transparent_hugepage/enabled")
             .map_or(HugePages::Unknown, |text| parse_huge_pages(&text));
@@ -353,6 +350,7 @@ mod rings {
 }
 
 #[cfg(all(target_os = "linux", not(tensora_portable), feature = "mmap"))]
+#[allow(unsafe_code)]
 mod mapping {
     use std::io;
     use std::ptr::from_ref;

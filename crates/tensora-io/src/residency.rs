@@ -11,8 +11,8 @@ impl SourceFile {
     /// it was opened. Of pages that the range covers in part, only that part counts, so the answer for a
     /// fully resident range is its length. It is a snapshot: pages come and go.
     ///
-    /// Microseconds on Linux 6.5 and later (`cachestat`); before, and on stacked file systems, tens of
-    /// milliseconds per gigabyte at worst (`mincore`). Linux tells only those who own the file or may
+    /// Takes microseconds on Linux 6.5 and later (`cachestat`); before, and on stacked and user-space file
+    /// systems, milliseconds per gigabyte (`mincore`). Linux tells only those who own the file or may
     /// write to it.
     pub fn resident_bytes(&self, range: Range<u64>) -> Option<u64> {
         let end = range.end.min(self.len());
@@ -49,6 +49,7 @@ mod sys {
 }
 
 #[cfg(all(target_os = "linux", not(tensora_portable)))]
+#[allow(unsafe_code)]
 mod sys {
     use std::fs::File;
     use std::io;
