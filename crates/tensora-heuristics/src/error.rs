@@ -14,7 +14,8 @@ pub type Result<T, E = PlanError> = std::result::Result<T, E>;
 pub enum PlanError {
     /// The backend that the wishes come down to cannot run here.
     #[error(
-        "the backend {backend} cannot run here: {reason}; {remedy}, or leave the backend to auto"
+        "the backend {backend} cannot run here: {reason}; {remedy}, or leave the choice of backend \
+         and memory to auto"
     )]
     BackendUnavailable {
         /// The backend.
@@ -28,7 +29,7 @@ pub enum PlanError {
     /// The backend that the wishes come down to is not in the platform facts at all.
     #[error(
         "the backend {backend} is left out of this build: the platform facts do not list it; \
-         enable the cargo feature `{backend}`, or leave the backend to auto"
+         enable the cargo feature `{backend}`, or leave the choice of backend and memory to auto"
     )]
     BackendLeftOut {
         /// The backend.
@@ -106,14 +107,17 @@ pub enum PlanError {
     /// Owned tensors do not fit into memory, and mapping them instead is not possible or not allowed.
     #[error(
         "the load needs {} ({needed_bytes} bytes) of memory, but {bound} leaves {} \
-         ({available_bytes} bytes); load fewer tensors at a time, or {}, or {mapping}",
+         ({available_bytes} bytes); {}, or {}, or {mapping}",
         Bytes(*.needed_bytes),
         Bytes(*.available_bytes),
+        fewer(*.needed_bytes, *.destination_bytes, *.available_bytes),
         .bound.remedy()
     )]
     DoesNotFit {
         /// What owned tensors and the reads under way take, in bytes.
         needed_bytes: u64,
+        /// The tensors' share of that, in bytes.
+        destination_bytes: u64,
         /// What may be used, in bytes.
         available_bytes: u64,
         /// What leaves no more than that.
@@ -152,6 +156,17 @@ impl fmt::Display for MemoryBound {
             Self::ControlGroup => "the control group",
             Self::Limit => "the memory limit that was set",
         })
+    }
+}
+
+fn fewer(needed_bytes: u64, destination_bytes: u64, available_bytes: u64) -> String {
+    let overhead = needed_bytes.saturating_sub(destination_bytes);
+    match available_bytes.saturating_sub(overhead) {
+        0 => "load fewer tensors at a time".to_owned(),
+        room => format!(
+            "load fewer tensors at a time, about {} of them",
+            Bytes(room)
+        ),
     }
 }
 

@@ -18,32 +18,32 @@ impl fmt::Display for Plan {
         wrap(f, "where", &self.whereabouts())?;
         for decision in &self.decisions {
             f.write_str("\n")?;
-            let chosen = match decision.field {
-                "chunk_bytes" => Bytes(self.params.chunk_bytes).to_string(),
-                _ => decision.chosen.clone(),
-            };
+            let chosen = spoken(decision.field, &decision.chosen);
             wrap(
                 f,
                 title(decision),
                 &format!("{chosen}. {}", decision.reason),
             )?;
             for rejection in &decision.rejected {
-                let choice = match decision.field {
-                    "chunk_bytes" => rejection.choice.parse().map_or_else(
-                        |_| rejection.choice.clone(),
-                        |bytes| Bytes(bytes).to_string(),
-                    ),
-                    _ => rejection.choice.clone(),
+                let choice = match (decision.field, rejection.choice.as_str()) {
+                    // "Not never" says it twice.
+                    ("direct", "never") => "buffered".to_owned(),
+                    ("direct", "preferred") => "direct".to_owned(),
+                    (field, choice) => spoken(field, choice),
                 };
-                let end = if rejection.reason.ends_with('.') {
-                    ""
-                } else {
-                    "."
-                };
-                wrap(f, "", &format!("Not {choice}: {}{end}", rejection.reason))?;
+                let reason = rejection.reason.trim_end_matches('.');
+                wrap(f, "", &format!("Not {choice}: {reason}."))?;
             }
         }
         Ok(())
+    }
+}
+
+/// A choice as a person writes it.
+fn spoken(field: &str, choice: &str) -> String {
+    match choice.parse() {
+        Ok(bytes) if field == "chunk_bytes" => Bytes(bytes).to_string(),
+        _ => choice.to_owned(),
     }
 }
 
@@ -77,7 +77,7 @@ impl Plan {
             DirectPolicy::Required => "direct or not at all",
         };
         format!(
-            "{} into {} memory: {crew}, chunks of {chunk}, {direct}.",
+            "{}, {} memory: {crew}, chunks of {chunk}, {direct}.",
             self.backend, self.memory
         )
     }
@@ -112,7 +112,7 @@ impl Plan {
                     None => "an unknown part".to_owned(),
                 };
                 format!(
-                    "{}{device}, {resident} of it in the page cache",
+                    "{}{device}, {resident} of the files in the page cache",
                     storage.file_system
                 )
             }

@@ -51,7 +51,7 @@ pub fn plan(workload: &Workload, platform: &Platform, policy: &Policy) -> Result
         workload,
         platform,
         policy,
-        place: Place::of(platform.storage.as_ref()),
+        place: Place::of(platform.storage.as_ref(), policy),
     };
     case.check_facts()?;
 
@@ -128,14 +128,15 @@ fn check_wishes(policy: &Policy) -> Result<()> {
 /// Where the bytes are, as far as it changes how to read them. These facts stand above the regime table.
 ///
 /// Below [`tuning::RESIDENT_PERCENT`] the part that is in the page cache changes nothing yet: deciding
-/// per file would need residency per file among the facts.
+/// per file would need residency per file among the facts. For a selection the share of whole files
+/// stands for that of its extents, for the same reason.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Place {
     /// Nobody looked.
     Unknown,
     /// In a file system that lives in memory.
     Memory,
-    /// In the page cache, as good as completely.
+    /// In the page cache, as good as completely, and reads may take them from there.
     PageCache,
     /// Behind a server, over a network or in user space.
     Server,
@@ -144,13 +145,20 @@ enum Place {
 }
 
 impl Place {
-    fn of(storage: Option<&StorageFacts>) -> Self {
+    fn of(storage: Option<&StorageFacts>, policy: &Policy) -> Self {
         let Some(storage) = storage else {
             return Self::Unknown;
         };
+        // Who asks for direct reads and gets them goes to the device whatever the cache holds.
+        let bypassed = match policy.direct {
+            DirectChoice::Auto | DirectChoice::Policy(DirectPolicy::Never) => false,
+            DirectChoice::Policy(DirectPolicy::Preferred | DirectPolicy::Required) => {
+                storage.direct.is_supported()
+            }
+        };
         match storage.class {
             FileSystemClass::Memory => Self::Memory,
-            _ if is_resident(storage) => Self::PageCache,
+            _ if is_resident(storage) && !bypassed => Self::PageCache,
             FileSystemClass::Network | FileSystemClass::Fuse => Self::Server,
             FileSystemClass::Local | FileSystemClass::Overlay | FileSystemClass::Unknown => {
                 Self::Device
@@ -170,11 +178,20 @@ fn is_resident(storage: &StorageFacts) -> bool {
     resident_percent(storage).is_some_and(|percent| percent >= tuning::RESIDENT_PERCENT)
 }
 
-/// One thing that stands in the way of mapping the tensors.
+/// One thing that stands in the way of a choice.
 struct Obstacle {
     reason: String,
-    /// A clause for "or …".
+    /// What would remove it, as a clause.
     remedy: String,
+}
+
+impl Obstacle {
+    fn new(reason: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self {
+            reason: reason.into(),
+            remedy: remedy.into(),
+        }
+    }
 }
 
 /// Owned tensors do not fit.
@@ -234,12 +251,7 @@ impl Regime {
                 "rings are for long batches; the regime table keeps them for whole checkpoints"
                     .to_owned()
             }
-            (Self::Large, BackendKind::Sync) => {
-                format!(
-                    "threads are a few per cent slower here ({})",
-                    evidence::LARGE
-                )
-            }
+            (Self::Large, BackendKind::Sync) => "threads trail by a few per cent".to_owned(),
             (_, BackendKind::Async) => {
                 "it makes the same reads as sync, each handed to Tokio's blocking pool first"
                     .to_owned()
@@ -255,7 +267,7 @@ impl Regime {
             }
             (_, _) => format!(
                 "rings lead, by a few per cent, only from {} in several files on",
-                Bytes(tuning::LARGE_LOAD_BYTES)
+                large_load()
             ),
         }
     }
@@ -305,16 +317,23 @@ impl Case<'_> {
     }
 
     /// What keeps `kind` from running this load, if anything does.
-    fn obstacle(&self, kind: BackendKind) -> Option<String> {
+    fn obstacle(&self, kind: BackendKind) -> Option<Obstacle> {
         match self.platform.availability(kind) {
-            None => Some("it is left out of this build".to_owned()),
-            Some(Availability::Unavailable { reason, remedy }) => {
-                Some(format!("it cannot run here: {reason} ({remedy})"))
-            }
+            None => Some(Obstacle::new(
+                "it is left out of this build",
+                format!("enable the cargo feature `{kind}`"),
+            )),
+            Some(Availability::Unavailable { reason, remedy }) => Some(Obstacle::new(
+                format!("it cannot run here: {reason}"),
+                remedy.as_str(),
+            )),
             Some(Availability::Available)
                 if kind == BackendKind::Mmap && self.policy.direct.is_required() =>
             {
-                Some("it reads through the page cache, and direct I/O is required".to_owned())
+                Some(Obstacle::new(
+                    "it reads through the page cache, and direct I/O is required",
+                    "drop that requirement",
+                ))
             }
             Some(Availability::Available) => None,
         }
@@ -323,72 +342,60 @@ impl Case<'_> {
     // ---- memory ----
 
     fn memory(&self) -> Result<(MemoryKind, Decision)> {
-        let obstacles = self.mapping_obstacles();
-        let shortage = self.shortage();
-        let owned = |reason: &str, rejected| {
-            let reason = format!("{reason} {}", self.fits());
-            decided("memory", MemoryKind::Owned, reason, rejected)
-        };
+        let owned =
+            |reason: String, rejected| decided("memory", MemoryKind::Owned, reason, rejected);
         let mapped =
             |reason: String, rejected| decided("memory", MemoryKind::Mapped, reason, rejected);
 
         if self.policy.memory == MemoryChoice::Mapped {
-            let reason = "Mapped memory was asked for, and the caller takes on its contract.";
-            return Ok(mapped(reason.to_owned(), Vec::new()));
+            let mut reason =
+                "It was asked for, and the caller takes on the contract of mappings.".to_owned();
+            if let Err(against) = self.mapping_pays() {
+                reason.push_str(&format!(" Be warned: {against}."));
+            }
+            return Ok(mapped(reason, Vec::new()));
         }
-        if obstacles.is_empty() {
-            match self.mapping_pays() {
-                Ok(reason) => {
-                    let against = format!(
-                        "it would copy what can be used in place ({})",
-                        evidence::WARM
-                    );
-                    return Ok(mapped(
-                        reason,
-                        vec![Rejection::new(MemoryKind::Owned, against)],
-                    ));
-                }
-                Err(against) if shortage.is_none() => {
-                    return Ok(owned(
-                        "The tensors are read into memory of their own.",
-                        vec![Rejection::new(MemoryKind::Mapped, against)],
-                    ));
-                }
-                Err(_) => {}
+
+        let obstacles = self.mapping_obstacles();
+        let pays = if obstacles.is_empty() {
+            self.mapping_pays()
+        } else {
+            Err(join(obstacles.iter().map(|o| o.reason.as_str()), "; "))
+        };
+        match (pays, self.shortage()) {
+            (Ok(reason), _) => {
+                let against = format!("it would copy what can be used in place ({})", evidence::WARM);
+                Ok(mapped(reason, vec![Rejection::new(MemoryKind::Owned, against)]))
             }
-        }
-        match shortage {
-            None if self.policy.memory == MemoryChoice::Owned => {
-                Ok(owned("Owned memory was asked for.", Vec::new()))
+            (Err(_), None) if self.policy.memory == MemoryChoice::Owned => {
+                Ok(owned(format!("It was asked for. {}", self.fits()), Vec::new()))
             }
-            None => {
-                let against = join(obstacles.iter().map(|obstacle| obstacle.reason.as_str()), "; ");
-                Ok(owned(
-                    "The tensors are read into memory of their own.",
-                    vec![Rejection::new(MemoryKind::Mapped, against)],
-                ))
-            }
-            Some(shortage) if obstacles.is_empty() => Ok(mapped(
+            (Err(against), None) => Ok(owned(
+                self.fits(),
+                vec![Rejection::new(MemoryKind::Mapped, against)],
+            )),
+            (Err(_), Some(shortage)) if obstacles.is_empty() => Ok(mapped(
                 "Owned tensors would not fit into memory, and mappings are allowed: the kernel keeps \
-                 of the files what there is room for."
+                 as much of the files as there is room for."
                     .to_owned(),
                 vec![Rejection::new(
                     MemoryKind::Owned,
                     format!(
-                        "it needs {}, but {} leaves {}",
+                        "it takes {}, and {} leaves {}",
                         Bytes(shortage.needed_bytes),
                         shortage.bound,
                         Bytes(shortage.available_bytes)
                     ),
                 )],
             )),
-            Some(shortage) => Err(PlanError::DoesNotFit {
+            (Err(_), Some(shortage)) => Err(PlanError::DoesNotFit {
                 needed_bytes: shortage.needed_bytes,
+                destination_bytes: self.workload.destination_bytes,
                 available_bytes: shortage.available_bytes,
                 bound: shortage.bound,
                 mapping: format!(
                     "map the tensors instead: {}",
-                    join(obstacles.iter().map(|obstacle| obstacle.remedy.as_str()), " and ")
+                    join(obstacles.iter().map(|o| o.remedy.as_str()), ", ")
                 ),
             }),
         }
@@ -398,42 +405,31 @@ impl Case<'_> {
     /// it at once.
     fn mapping_obstacles(&self) -> Vec<Obstacle> {
         let mut obstacles = Vec::new();
-        let mut add = |reason: String, remedy: &str| {
-            obstacles.push(Obstacle {
-                reason,
-                remedy: remedy.to_owned(),
-            });
-        };
         if self.policy.memory == MemoryChoice::Owned {
-            add(
-                "owned memory was asked for".to_owned(),
+            obstacles.push(Obstacle::new(
+                "owned memory was asked for",
                 "ask for mapped memory",
-            );
+            ));
         }
         if self.policy.mapping == MappingConsent::Denied {
-            add(
-                "the caller has not taken on the contract of mappings".to_owned(),
+            obstacles.push(Obstacle::new(
+                "the caller has not taken on the contract of mappings",
                 "consent to the contract of mappings",
-            );
+            ));
         }
         if let BackendChoice::Named(backend) = self.policy.backend
             && backend != BackendKind::Mmap
         {
-            add(
+            obstacles.push(Obstacle::new(
                 format!("only the mmap backend maps, and {backend} was named"),
                 "leave the backend to auto",
-            );
+            ));
         }
-        if self.policy.direct.is_required() {
-            add(
-                "direct I/O is required, and a mapping is the page cache".to_owned(),
-                "drop the requirement of direct I/O",
-            );
-        } else if let Some(reason) = self.obstacle(BackendKind::Mmap) {
-            add(
-                format!("of the mmap backend: {reason}"),
-                "use a build and a machine where the mmap backend runs",
-            );
+        if let Some(obstacle) = self.obstacle(BackendKind::Mmap) {
+            obstacles.push(Obstacle::new(
+                format!("of the mmap backend: {}", obstacle.reason),
+                obstacle.remedy,
+            ));
         }
         obstacles
     }
@@ -511,11 +507,12 @@ impl Case<'_> {
         let needed = Bytes(self.needed_bytes());
         match self.bound() {
             Some((available, bound)) => format!(
-                "They take {needed} with the reads under way; {bound} leaves {}.",
+                "It fits: with the reads under way the tensors take {needed}, and {bound} leaves {}.",
                 Bytes(available)
             ),
             None => format!(
-                "They take {needed} with the reads under way; how much memory is left is not known."
+                "With the reads under way the tensors take {needed}; how much memory is left is not \
+                 known."
             ),
         }
     }
@@ -523,21 +520,42 @@ impl Case<'_> {
     // ---- backend ----
 
     fn backend(&self, memory: MemoryKind) -> Result<(BackendKind, Decision)> {
-        if let BackendChoice::Named(named) = self.policy.backend {
-            let reason = "It was named, so nothing else was considered.".to_owned();
-            return Ok(decided("backend", named, reason, Vec::new()));
-        }
         if memory == MemoryKind::Mapped {
             let reason = "Mapped memory comes from the mmap backend only.".to_owned();
             return Ok(decided("backend", BackendKind::Mmap, reason, Vec::new()));
         }
+        let BackendChoice::Named(named) = self.policy.backend else {
+            return self.suitable_backend();
+        };
+        // The name decides, but who named it may like to know what it was chosen over.
+        let rejected = match self.suitable_backend() {
+            Ok((suitable, decision)) if suitable != named => vec![Rejection::new(
+                suitable,
+                format!(
+                    "{named} was named. Left to the planner: {}",
+                    decision.reason
+                ),
+            )],
+            Ok(_) | Err(_) => Vec::new(),
+        };
+        Ok(decided(
+            "backend",
+            named,
+            "It was named.".to_owned(),
+            rejected,
+        ))
+    }
 
+    /// The first backend in the regime's order that can run.
+    fn suitable_backend(&self) -> Result<(BackendKind, Decision)> {
         let regime = self.regime();
         let mut rejected = Vec::new();
         let mut chosen = None;
         for kind in regime.order() {
             match self.obstacle(kind) {
-                Some(reason) => rejected.push(Rejection::new(kind, reason)),
+                Some(Obstacle { reason, remedy }) => {
+                    rejected.push(Rejection::new(kind, format!("{reason} ({remedy})")));
+                }
                 None if chosen.is_none() => chosen = Some(kind),
                 None => rejected.push(Rejection::new(kind, regime.against(kind))),
             }
@@ -574,7 +592,7 @@ impl Case<'_> {
     fn regime_reason(&self, regime: Regime) -> String {
         let size = Bytes(self.workload.read_bytes);
         let files = self.files();
-        let large = Bytes(tuning::LARGE_LOAD_BYTES);
+        let large = large_load();
         match regime {
             Regime::Copy => format!(
                 "{} What is left to do is a copy, and threads spread it over the CPUs.",
@@ -585,7 +603,7 @@ impl Case<'_> {
                 self.whereabouts()
             ),
             Regime::Large => format!(
-                "{size} in {files} is a large load (from {large}), and large loads favour rings ({}).",
+                "{size} in {files} is a large load, {large} or more, and large loads favour rings ({}).",
                 evidence::LARGE
             ),
             Regime::Extents => format!(
@@ -597,14 +615,14 @@ impl Case<'_> {
                 "{size} in {files} is below {large}, where threads are at least as fast as rings ({}).",
                 evidence::PARTITIONS
             ),
-            Regime::Small if self.workload.files > 1 => {
-                format!("{size} in {files} is below {large}, and small loads favour threads.")
-            }
-            Regime::Small => {
-                format!(
-                    "{size} in {files}: a load of one shard favours threads, whatever its size."
-                )
-            }
+            Regime::Small if self.workload.files > 1 => format!(
+                "{size} in {files} is below {large}, and small loads favour threads ({}).",
+                evidence::SMALL
+            ),
+            Regime::Small => format!(
+                "{size} in {files}: threads are at least as fast as rings on one shard ({}).",
+                evidence::SMALL
+            ),
         }
     }
 
@@ -848,7 +866,8 @@ impl Case<'_> {
             ),
             Shape::Map => (
                 cpus.clamp(tuning::MAP_MIN_WORKERS, tuning::MAP_MAX_WORKERS),
-                "Populating waits for the device while cold, so there are several even on few CPUs."
+                "Populating waits for the device where files are cold and sets up pages where they are \
+                 not; several workers do both faster."
                     .to_owned(),
             ),
         };
@@ -944,6 +963,8 @@ impl Case<'_> {
                 format!("The files are behind a server ({file_system}), not in the page cache.")
             }
             _ => match resident_percent(storage) {
+                Some(0) => "The files are not in the page cache.".to_owned(),
+                Some(100) => "The files are in the page cache.".to_owned(),
                 Some(percent) => format!("{percent} % of the files is in the page cache."),
                 None => {
                     "Whether the files are in the page cache is not known, so they count as cold."
@@ -1012,6 +1033,12 @@ fn overridable<T: fmt::Display + Copy + PartialEq>(
             decided(field, set, "It was set.".to_owned(), rejected)
         }
     }
+}
+
+/// `4 GB (3.73 GiB)`: the regime table's round figure, and the same in the unit of all other sizes.
+fn large_load() -> String {
+    let bytes = tuning::LARGE_LOAD_BYTES;
+    format!("{} GB ({})", bytes / 1_000_000_000, Bytes(bytes))
 }
 
 fn there_are(chunks: u64) -> String {

@@ -76,6 +76,8 @@ pub(crate) const OVERHEAD_BYTES: u64 = MAX_IN_FLIGHT_BYTES;
 pub(crate) mod evidence {
     /// Rings against threads, large and cold.
     pub(crate) const LARGE: &str = "16.4 GB in 5 shards took 7.4 to 8.4 s with rings and 8.0 to 9.8 s with threads, November 2026";
+    /// Rings against threads, small and cold.
+    pub(crate) const SMALL: &str = "1.5 GB in 1 shard took 0.59 to 0.63 s with threads and 0.59 to 0.71 s with rings, November 2026";
     /// Rings against threads, small and cold, partitioned.
     pub(crate) const PARTITIONS: &str = "1.5 GB in 8 partitions took 0.62 s with direct threads and 0.65 s with rings, November 2026";
     /// Mapping against reading, cold.

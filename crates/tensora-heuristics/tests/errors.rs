@@ -1,0 +1,324 @@
+//! Every way in which there is no plan, with its message.
+
+mod common;
+
+use common::{GIB, five_shards, on_tmpfs, one_shard, platform, stored, without};
+use tensora_heuristics::{
+    BackendChoice, DirectChoice, MappingConsent, MemoryBound, MemoryChoice, PlanError, Policy,
+    Workload, plan,
+};
+use tensora_io::{BackendKind, DirectPolicy, DirectSupport, Platform};
+
+#[track_caller]
+fn refused(
+    workload: &Workload,
+    platform: &Platform,
+    change: impl FnOnce(&mut Policy),
+    expected: &str,
+) -> PlanError {
+    let mut policy = Policy::default();
+    change(&mut policy);
+    let error = plan(workload, platform, &policy).expect_err("there is no plan");
+    assert_eq!(error.to_string(), expected);
+    error
+}
+
+fn required(policy: &mut Policy) {
+    policy.direct = DirectChoice::Policy(DirectPolicy::Required);
+}
+
+#[test]
+fn a_named_backend_that_cannot_run() {
+    for backend in BackendKind::ALL {
+        let mut policy = Policy::default();
+        policy.backend = BackendChoice::Named(backend);
+        let error = plan(&one_shard(), &without(platform(2), &[backend]), &policy);
+        assert_eq!(
+            error,
+            Err(PlanError::BackendUnavailable {
+                backend,
+                reason: format!("{backend} is blocked"),
+                remedy: format!("unblock {backend}"),
+            })
+        );
+    }
+    refused(
+        &one_shard(),
+        &without(platform(2), &[BackendKind::IoUring]),
+        |policy| policy.backend = BackendChoice::Named(BackendKind::IoUring),
+        "the backend io-uring cannot run here: io-uring is blocked; unblock io-uring, or leave \
+         the choice of backend and memory to auto",
+    );
+}
+
+#[test]
+fn mapped_memory_without_mmap() {
+    let error = refused(
+        &one_shard(),
+        &without(platform(2), &[BackendKind::Mmap]),
+        |policy| {
+            policy.memory = MemoryChoice::Mapped;
+            policy.mapping = MappingConsent::Granted;
+        },
+        "the backend mmap cannot run here: mmap is blocked; unblock mmap, or leave the choice \
+         of backend and memory to auto",
+    );
+    assert!(matches!(error, PlanError::BackendUnavailable { .. }));
+}
+
+#[test]
+fn a_named_backend_that_was_left_out() {
+    let mut small_build = platform(2);
+    small_build
+        .backends
+        .retain(|fact| fact.kind == BackendKind::Sync);
+    refused(
+        &one_shard(),
+        &small_build,
+        |policy| policy.backend = BackendChoice::Named(BackendKind::IoUring),
+        "the backend io-uring is left out of this build: the platform facts do not list it; \
+         enable the cargo feature `io-uring`, or leave the choice of backend and memory to auto",
+    );
+}
+
+#[test]
+fn no_backend_at_all() {
+    let mut nothing = without(
+        platform(2),
+        &[BackendKind::Sync, BackendKind::IoUring, BackendKind::Mmap],
+    );
+    nothing
+        .backends
+        .retain(|fact| fact.kind != BackendKind::Async);
+    let error = refused(
+        &five_shards(),
+        &nothing,
+        |_| {},
+        "no backend can run this load; remove one of these obstacles: io-uring: it cannot run \
+         here: io-uring is blocked (unblock io-uring); sync: it cannot run here: sync is \
+         blocked (unblock sync); async: it is left out of this build (enable the cargo feature \
+         `async`); mmap: it cannot run here: mmap is blocked (unblock mmap)",
+    );
+    let PlanError::NoBackend { rejected } = error else {
+        panic!("{error:?}");
+    };
+    let order: Vec<_> = rejected
+        .iter()
+        .map(|rejection| rejection.choice.as_str())
+        .collect();
+    assert_eq!(order, ["io-uring", "sync", "async", "mmap"]);
+}
+
+#[test]
+fn no_backend_that_reads_directly() {
+    let only_mmap = without(
+        platform(2),
+        &[BackendKind::Sync, BackendKind::Async, BackendKind::IoUring],
+    );
+    refused(
+        &one_shard(),
+        &only_mmap,
+        required,
+        "no backend can run this load; remove one of these obstacles: sync: it cannot run \
+         here: sync is blocked (unblock sync); async: it cannot run here: async is blocked \
+         (unblock async); io-uring: it cannot run here: io-uring is blocked (unblock \
+         io-uring); mmap: it reads through the page cache, and direct I/O is required (drop \
+         that requirement)",
+    );
+}
+
+#[test]
+fn mapped_without_consent() {
+    refused(
+        &one_shard(),
+        &platform(2),
+        |policy| policy.memory = MemoryChoice::Mapped,
+        "mapped memory was asked for without consent to its contract (nobody truncates or \
+         rewrites the files while tensors are in use); grant the consent, or ask for owned \
+         memory",
+    );
+}
+
+#[test]
+fn mapped_by_another_backend() {
+    refused(
+        &one_shard(),
+        &platform(2),
+        |policy| {
+            policy.memory = MemoryChoice::Mapped;
+            policy.mapping = MappingConsent::Granted;
+            policy.backend = BackendChoice::Named(BackendKind::Sync);
+        },
+        "mapped memory comes from the mmap backend only, but sync was named; name mmap or \
+         leave the backend to auto, or ask for owned memory",
+    );
+}
+
+#[test]
+fn direct_and_mapped() {
+    refused(
+        &one_shard(),
+        &platform(2),
+        |policy| {
+            required(policy);
+            policy.memory = MemoryChoice::Mapped;
+            policy.mapping = MappingConsent::Granted;
+        },
+        "direct I/O was required together with mapped memory, which is the page cache itself; \
+         ask for owned memory, or drop the requirement",
+    );
+}
+
+#[test]
+fn direct_and_mmap() {
+    refused(
+        &one_shard(),
+        &platform(2),
+        |policy| {
+            required(policy);
+            policy.backend = BackendChoice::Named(BackendKind::Mmap);
+        },
+        "direct I/O was required, but the mmap backend reads through the page cache; name \
+         another backend, or drop the requirement",
+    );
+}
+
+#[test]
+fn direct_where_storage_cannot() {
+    let platform = stored(|storage| {
+        storage.direct = DirectSupport::Unsupported {
+            reason: "open with O_DIRECT: EINVAL".to_owned(),
+        };
+    });
+    refused(
+        &one_shard(),
+        &platform,
+        required,
+        "direct I/O was required, but these files on ext4 do not support it: open with \
+         O_DIRECT: EINVAL; use the policy `preferred` to fall back to buffered reads",
+    );
+}
+
+#[test]
+fn parameters_outside_their_limits() {
+    refused(
+        &one_shard(),
+        &platform(2),
+        |policy| policy.chunk_bytes = Some(4095),
+        "chunk_bytes = 4095 is outside its limits: use 4096 to 1073741824, or leave it to the \
+         planner",
+    );
+    refused(
+        &one_shard(),
+        &platform(2),
+        |policy| policy.queue_depth = Some(0),
+        "queue_depth = 0 is outside its limits: use 1 to 1024, or leave it to the planner",
+    );
+    refused(
+        &one_shard(),
+        &platform(2),
+        |policy| policy.workers = Some(257),
+        "workers = 257 is outside its limits: use 1 to 256, or leave it to the planner",
+    );
+}
+
+/// Needed and available bytes, and what bounds them.
+#[track_caller]
+fn shortage(error: &PlanError) -> (u64, u64, MemoryBound) {
+    match error {
+        PlanError::DoesNotFit {
+            needed_bytes,
+            available_bytes,
+            bound,
+            ..
+        } => (*needed_bytes, *available_bytes, *bound),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn more_than_the_machine_leaves() {
+    let mut small = platform(2);
+    small.memory.available_bytes = Some(8 * GIB);
+    let error = refused(
+        &five_shards(),
+        &small,
+        |_| {},
+        "the load needs 15.29 GiB (16415025152 bytes) of memory, but the machine leaves 8 GiB \
+         (8589934592 bytes); load fewer tensors at a time, about 7.97 GiB of them, or free \
+         memory on the machine, or map the tensors instead: consent to the contract of mappings",
+    );
+    let needed = five_shards().destination_bytes + (32 << 20);
+    assert_eq!(shortage(&error), (needed, 8 * GIB, MemoryBound::Machine));
+}
+
+#[test]
+fn more_than_the_control_group_leaves() {
+    let mut small = platform(2);
+    small.memory.cgroup_available_bytes = Some(GIB);
+    let error = refused(
+        &one_shard(),
+        &small,
+        |policy| {
+            policy.memory = MemoryChoice::Owned;
+            policy.backend = BackendChoice::Named(BackendKind::Sync);
+        },
+        "the load needs 1.43 GiB (1536819200 bytes) of memory, but the control group leaves 1 \
+         GiB (1073741824 bytes); load fewer tensors at a time, about 992 MiB of them, or raise \
+         the control group's memory limit, or map the tensors instead: ask for mapped memory, \
+         consent to the contract of mappings, leave the backend to auto",
+    );
+    assert_eq!(shortage(&error).2, MemoryBound::ControlGroup);
+}
+
+#[test]
+fn more_than_the_limit_that_was_set() {
+    let error = refused(
+        &one_shard(),
+        &without(on_tmpfs(), &[BackendKind::Mmap]),
+        |policy| {
+            policy.memory_limit_bytes = Some(GIB);
+            policy.mapping = MappingConsent::Granted;
+        },
+        "the load needs 1.43 GiB (1536819200 bytes) of memory, but the memory limit that was \
+         set leaves 1 GiB (1073741824 bytes); load fewer tensors at a time, about 992 MiB of \
+         them, or raise the memory limit, or map the tensors instead: unblock mmap",
+    );
+    assert_eq!(shortage(&error).2, MemoryBound::Limit);
+}
+
+#[test]
+fn the_last_byte_decides() {
+    let mut policy = Policy::default();
+    let needed = one_shard().destination_bytes + (32 << 20);
+    policy.memory_limit_bytes = Some(needed);
+    assert!(plan(&one_shard(), &platform(2), &policy).is_ok());
+    policy.memory_limit_bytes = Some(needed - 1);
+    let error = plan(&one_shard(), &platform(2), &policy).expect_err("one byte is missing");
+    assert_eq!(shortage(&error), (needed, needed - 1, MemoryBound::Limit));
+}
+
+#[test]
+fn names_that_no_choice_has() {
+    assert_eq!(
+        error_of::<BackendChoice>("uring"),
+        r#"unknown backend "uring": use one of auto, sync, async, io-uring, mmap"#
+    );
+    assert_eq!(
+        error_of::<MemoryChoice>("mmap"),
+        r#"unknown memory "mmap": use one of auto, owned, mapped"#
+    );
+    assert_eq!(
+        error_of::<DirectChoice>("always"),
+        r#"unknown direct policy "always": use one of auto, never, preferred, required"#
+    );
+}
+
+fn error_of<T: std::str::FromStr + std::fmt::Debug>(name: &str) -> String
+where
+    T::Err: std::fmt::Debug + std::fmt::Display,
+{
+    name.parse::<T>()
+        .expect_err("the name is unknown")
+        .to_string()
+}

@@ -1,0 +1,433 @@
+//! What the planner says, as people and as programs read it.
+
+mod common;
+
+use common::{five_shards, on_nfs, one_shard, platform, ranges, resident, without};
+use expect_test::{Expect, expect};
+use tensora_heuristics::{
+    BackendChoice, DirectChoice, MappingConsent, MemoryChoice, Policy, StorageLayout, Workload,
+    plan,
+};
+use tensora_io::{BackendKind, DirectPolicy, Platform};
+
+#[track_caller]
+fn explains(workload: &Workload, platform: &Platform, policy: &Policy, expected: &Expect) {
+    let plan = plan(workload, platform, policy).expect("there is a plan");
+    expected.assert_eq(&plan.to_string());
+}
+
+#[test]
+fn large_and_cold() {
+    explains(
+        &five_shards(),
+        &platform(2),
+        &Policy::default(),
+        &expect![[r#"
+            plan         io-uring, owned memory: 2 rings of depth 16, chunks of 1 MiB, direct.
+            load         15.26 GiB from 5 shards of SafeTensors, whole files: 399 tensors in 5 requests.
+            where        ext4 on nvme0n1, 0 % of the files in the page cache; 2 CPUs; 24 GiB of memory left
+                         (machine).
+
+            memory       owned. It fits: with the reads under way the tensors take 15.29 GiB, and the machine
+                         leaves 24 GiB.
+                         Not mapped: the caller has not taken on the contract of mappings.
+
+            backend      io-uring. 15.26 GiB in 5 shards is a large load, 4 GB (3.73 GiB) or more, and large
+                         loads favour rings (16.4 GB in 5 shards took 7.4 to 8.4 s with rings and 8.0 to 9.8 s
+                         with threads, November 2026).
+                         Not sync: threads trail by a few per cent.
+                         Not async: it makes the same reads as sync, each handed to Tokio's blocking pool first.
+                         Not mmap: for owned memory it copies out of the page cache, and cold mappings are slow
+                         (16.4 GB took 11 to 14 s mapped and 7.4 to 9.8 s read directly, November 2026).
+
+            direct       preferred. The files are not in the page cache. The storage supports direct I/O, and
+                         direct reads saturate the device.
+                         Not buffered: reading through the page cache costs a second copy and reaches a part of
+                         the device's speed only.
+
+            chunk        1 MiB. Long enough for the device's full speed, short enough to keep many in flight.
+
+            workers      2. One ring alone starves while its destination pages are faulted in; beyond a few
+                         there is nothing left to gain.
+
+            queue depth  16. Together the rings keep the device's queue full.
+        "#]],
+    );
+}
+
+#[test]
+fn large_where_rings_are_blocked() {
+    explains(
+        &five_shards(),
+        &without(platform(2), &[BackendKind::IoUring]),
+        &Policy::default(),
+        &expect![[r#"
+            plan         sync, owned memory: 16 threads, chunks of 1 MiB, direct.
+            load         15.26 GiB from 5 shards of SafeTensors, whole files: 399 tensors in 5 requests.
+            where        ext4 on nvme0n1, 0 % of the files in the page cache; 2 CPUs; 24 GiB of memory left
+                         (machine).
+
+            memory       owned. It fits: with the reads under way the tensors take 15.29 GiB, and the machine
+                         leaves 24 GiB.
+                         Not mapped: the caller has not taken on the contract of mappings.
+
+            backend      sync. 15.26 GiB in 5 shards is a large load, 4 GB (3.73 GiB) or more, and large loads
+                         favour rings (16.4 GB in 5 shards took 7.4 to 8.4 s with rings and 8.0 to 9.8 s with
+                         threads, November 2026). That speaks for io-uring, which cannot be used; sync is the
+                         next in order of preference.
+                         Not io-uring: it cannot run here: io-uring is blocked (unblock io-uring).
+                         Not async: it makes the same reads as sync, each handed to Tokio's blocking pool first.
+                         Not mmap: for owned memory it copies out of the page cache, and cold mappings are slow
+                         (16.4 GB took 11 to 14 s mapped and 7.4 to 9.8 s read directly, November 2026).
+
+            direct       preferred. The files are not in the page cache. The storage supports direct I/O, and
+                         direct reads saturate the device.
+                         Not buffered: reading through the page cache costs a second copy and reaches a part of
+                         the device's speed only.
+
+            chunk        1 MiB. Long enough for the device's full speed, short enough to keep many in flight.
+
+            workers      16. They wait for the device rather than compute, so the device's queue decides, not
+                         the CPUs.
+
+            queue depth  1. Only rings keep more than one read in flight per worker.
+        "#]],
+    );
+}
+
+#[test]
+fn small_and_warm() {
+    explains(
+        &one_shard(),
+        &resident(970),
+        &Policy::default(),
+        &expect![[r#"
+            plan         sync, owned memory: 2 threads, chunks of 4 MiB, buffered.
+            load         1.4 GiB from 1 shard of SafeTensors, whole files: 399 tensors in 1 request.
+            where        ext4 on nvme0n1, 97 % of the files in the page cache; 2 CPUs; 24 GiB of memory left
+                         (machine).
+
+            memory       owned. It fits: with the reads under way the tensors take 1.43 GiB, and the machine
+                         leaves 24 GiB.
+                         Not mapped: the caller has not taken on the contract of mappings.
+
+            backend      sync. 97 % of the files is in the page cache. What is left to do is a copy, and threads
+                         spread it over the CPUs.
+                         Not async: it makes the same reads as sync, each handed to Tokio's blocking pool first.
+                         Not io-uring: there is no device to keep busy, only a copy to spread over the CPUs.
+                         Not mmap: for owned memory it adds a mapping to the same copy.
+
+            direct       never. Reads go through the page cache.
+                         Not direct: it would fetch from the device what is in the page cache already (1.5 GB
+                         took 0.012 s mapped, 0.24 s copied and 0.75 s read directly, November 2026).
+
+            chunk        4 MiB. Through the page cache, longer reads save calls and keep read-ahead going.
+
+            workers      2. Going through the page cache is a copy, and so work for the 2 CPUs.
+
+            queue depth  1. Only rings keep more than one read in flight per worker.
+        "#]],
+    );
+}
+
+#[test]
+fn small_and_warm_with_consent() {
+    let mut policy = Policy::default();
+    policy.mapping = MappingConsent::Granted;
+    explains(
+        &one_shard(),
+        &resident(1000),
+        &policy,
+        &expect![[r#"
+            plan         mmap, mapped memory: 8 workers, chunks of 4 MiB, through the page cache.
+            load         1.4 GiB from 1 shard of SafeTensors, whole files: 399 tensors in 1 request.
+            where        ext4 on nvme0n1, 100 % of the files in the page cache; 2 CPUs; 24 GiB of memory left
+                         (machine).
+
+            memory       mapped. The files are in the page cache. Mappings are allowed, so the tensors are used
+                         where they are.
+                         Not owned: it would copy what can be used in place (1.5 GB took 0.012 s mapped, 0.24 s
+                         copied and 0.75 s read directly, November 2026).
+
+            backend      mmap. Mapped memory comes from the mmap backend only.
+
+            direct       never. A mapping is the page cache itself.
+
+            chunk        4 MiB. Two huge pages: enough to save calls, little enough to share out evenly.
+
+            workers      8. Populating waits for the device where files are cold and sets up pages where they
+                         are not; several workers do both faster.
+
+            queue depth  1. Only rings keep more than one read in flight per worker.
+        "#]],
+    );
+}
+
+#[test]
+fn selected_ranges() {
+    let workload = ranges(StorageLayout::ServerlessLlm, 8, 40, 40 * 300_000);
+    explains(
+        &workload,
+        &platform(2),
+        &Policy::default(),
+        &expect![[r#"
+            plan         async, owned memory: 16 tasks, chunks of 512 KiB, direct.
+            load         11.44 MiB from 8 partitions of ServerlessLLM, ranges: 399 tensors in 40 requests.
+            where        ext4 on nvme0n1, 0 % of the files in the page cache; 2 CPUs; 24 GiB of memory left
+                         (machine).
+
+            memory       owned. It fits: with the reads under way the tensors take 22.89 MiB, and the machine
+                         leaves 24 GiB.
+                         Not mapped: the caller has not taken on the contract of mappings.
+
+            backend      async. These are ranges of a ServerlessLLM directory, 40 extents in 8 partitions; tasks
+                         grouped per file read each partition's ranges together.
+                         Not sync: its one queue takes the extents as they come, where tasks keep those of one
+                         file together.
+                         Not io-uring: rings are for long batches; the regime table keeps them for whole
+                         checkpoints.
+                         Not mmap: for owned memory it copies out of the page cache, and cold mappings are slow
+                         (16.4 GB took 11 to 14 s mapped and 7.4 to 9.8 s read directly, November 2026).
+
+            direct       preferred. The files are not in the page cache. The storage supports direct I/O, and
+                         direct reads saturate the device.
+                         Not buffered: reading through the page cache costs a second copy and reaches a part of
+                         the device's speed only.
+
+            chunk        512 KiB. No request is longer than 292.97 KiB, so longer chunks would never be filled.
+
+            workers      16. They wait for the device rather than compute, so the device's queue decides, not
+                         the CPUs.
+
+            queue depth  1. Only rings keep more than one read in flight per worker.
+        "#]],
+    );
+}
+
+#[test]
+fn behind_a_server() {
+    explains(
+        &one_shard(),
+        &on_nfs(),
+        &Policy::default(),
+        &expect![[r#"
+            plan         sync, owned memory: 4 threads, chunks of 8 MiB, buffered.
+            load         1.4 GiB from 1 shard of SafeTensors, whole files: 399 tensors in 1 request.
+            where        nfs, 0 % of the files in the page cache; 2 CPUs; 24 GiB of memory left (machine).
+
+            memory       owned. It fits: with the reads under way the tensors take 1.43 GiB, and the machine
+                         leaves 24 GiB.
+                         Not mapped: the caller has not taken on the contract of mappings.
+
+            backend      sync. The files are behind a server (nfs), not in the page cache. A few threads, each
+                         with a long sequence to read, suit it best.
+                         Not async: it makes the same reads as sync, each handed to Tokio's blocking pool first.
+                         Not io-uring: many reads at once are what a server behind a file system handles worst.
+                         Not mmap: for owned memory it copies out of the page cache, and cold mappings are slow
+                         (16.4 GB took 11 to 14 s mapped and 7.4 to 9.8 s read directly, November 2026).
+
+            direct       never. Reads go through the page cache.
+                         Not direct: a server's files gain from read-ahead, which direct reads do without.
+
+            chunk        8 MiB. Long sequential reads suit a server.
+
+            workers      4. A few reads at once hide the round trip; more make the server seek.
+
+            queue depth  1. Only rings keep more than one read in flight per worker.
+        "#]],
+    );
+}
+
+#[test]
+fn everything_named() {
+    let mut policy = Policy::default();
+    policy.backend = BackendChoice::Named(BackendKind::Async);
+    policy.memory = MemoryChoice::Owned;
+    policy.direct = DirectChoice::Policy(DirectPolicy::Never);
+    policy.chunk_bytes = Some(512 << 10);
+    policy.queue_depth = Some(4);
+    policy.workers = Some(3);
+    explains(
+        &five_shards(),
+        &platform(2),
+        &policy,
+        &expect![[r#"
+            plan         async, owned memory: 3 tasks, chunks of 512 KiB, buffered.
+            load         15.26 GiB from 5 shards of SafeTensors, whole files: 399 tensors in 5 requests.
+            where        ext4 on nvme0n1, 0 % of the files in the page cache; 2 CPUs; 24 GiB of memory left
+                         (machine).
+
+            memory       owned. It was asked for. It fits: with the reads under way the tensors take 15.29 GiB,
+                         and the machine leaves 24 GiB.
+
+            backend      async. It was named.
+                         Not io-uring: async was named. Left to the planner: 15.26 GiB in 5 shards is a large
+                         load, 4 GB (3.73 GiB) or more, and large loads favour rings (16.4 GB in 5 shards took
+                         7.4 to 8.4 s with rings and 8.0 to 9.8 s with threads, November 2026).
+
+            direct       never. It was asked for.
+
+            chunk        512 KiB. It was set.
+                         Not 4 MiB: another value was set. Through the page cache, longer reads save calls and
+                         keep read-ahead going.
+
+            workers      3. It was set.
+                         Not 2: another value was set. Going through the page cache is a copy, and so work for
+                         the 2 CPUs.
+
+            queue depth  1. Only rings keep more than one read in flight per worker.
+                         Not 4: it was set, but has no effect without rings.
+        "#]],
+    );
+}
+
+#[test]
+fn as_json() {
+    let plan = plan(&one_shard(), &platform(2), &Policy::default()).expect("there is a plan");
+    let json = serde_json::to_string_pretty(&plan).expect("plans serialize");
+    expect![[r#"
+        {
+          "backend": "sync",
+          "memory": "owned",
+          "direct": true,
+          "direct_policy": "preferred",
+          "chunk_bytes": 1048576,
+          "queue_depth": 1,
+          "workers": 16,
+          "decisions": [
+            {
+              "field": "memory",
+              "chosen": "owned",
+              "reason": "It fits: with the reads under way the tensors take 1.43 GiB, and the machine leaves 24 GiB.",
+              "rejected": [
+                {
+                  "choice": "mapped",
+                  "reason": "the caller has not taken on the contract of mappings"
+                }
+              ]
+            },
+            {
+              "field": "backend",
+              "chosen": "sync",
+              "reason": "1.4 GiB in 1 shard: threads are at least as fast as rings on one shard (1.5 GB in 1 shard took 0.59 to 0.63 s with threads and 0.59 to 0.71 s with rings, November 2026).",
+              "rejected": [
+                {
+                  "choice": "async",
+                  "reason": "it makes the same reads as sync, each handed to Tokio's blocking pool first"
+                },
+                {
+                  "choice": "io-uring",
+                  "reason": "rings lead, by a few per cent, only from 4 GB (3.73 GiB) in several files on"
+                },
+                {
+                  "choice": "mmap",
+                  "reason": "for owned memory it copies out of the page cache, and cold mappings are slow (16.4 GB took 11 to 14 s mapped and 7.4 to 9.8 s read directly, November 2026)"
+                }
+              ]
+            },
+            {
+              "field": "direct",
+              "chosen": "preferred",
+              "reason": "The files are not in the page cache. The storage supports direct I/O, and direct reads saturate the device.",
+              "rejected": [
+                {
+                  "choice": "never",
+                  "reason": "reading through the page cache costs a second copy and reaches a part of the device's speed only"
+                }
+              ]
+            },
+            {
+              "field": "chunk_bytes",
+              "chosen": "1048576",
+              "reason": "Long enough for the device's full speed, short enough to keep many in flight.",
+              "rejected": []
+            },
+            {
+              "field": "workers",
+              "chosen": "16",
+              "reason": "They wait for the device rather than compute, so the device's queue decides, not the CPUs.",
+              "rejected": []
+            },
+            {
+              "field": "queue_depth",
+              "chosen": "1",
+              "reason": "Only rings keep more than one read in flight per worker.",
+              "rejected": []
+            }
+          ],
+          "workload": {
+            "layout": "safetensors",
+            "access": "whole-files",
+            "files": 1,
+            "tensors": 399,
+            "read_bytes": 1503264768,
+            "requests": 1,
+            "largest_request_bytes": 1503264768,
+            "destination_bytes": 1503264768
+          },
+          "platform": {
+            "os": "unknown",
+            "kernel": null,
+            "cpus": 2,
+            "page_bytes": 4096,
+            "huge_pages": "unknown",
+            "memory": {
+              "total_bytes": null,
+              "available_bytes": 25769803776,
+              "cgroup_limit_bytes": null,
+              "cgroup_available_bytes": null
+            },
+            "memlock_bytes": null,
+            "open_files": null,
+            "backends": [
+              {
+                "kind": "sync",
+                "availability": {
+                  "status": "available"
+                }
+              },
+              {
+                "kind": "async",
+                "availability": {
+                  "status": "available"
+                }
+              },
+              {
+                "kind": "io-uring",
+                "availability": {
+                  "status": "available"
+                }
+              },
+              {
+                "kind": "mmap",
+                "availability": {
+                  "status": "available"
+                }
+              }
+            ],
+            "storage": {
+              "file_system": "ext4",
+              "class": "local",
+              "device": "nvme0n1",
+              "rotational": null,
+              "direct": {
+                "status": "supported",
+                "offset_align_bytes": 512,
+                "memory_align_bytes": 512
+              },
+              "file_bytes": 1000,
+              "resident_bytes": 0
+            }
+          },
+          "policy": {
+            "backend": "auto",
+            "memory": "auto",
+            "mapping": "denied",
+            "direct": "auto",
+            "chunk_bytes": null,
+            "queue_depth": null,
+            "workers": null,
+            "memory_limit_bytes": null
+          }
+        }"#]].assert_eq(&json);
+}

@@ -1,0 +1,379 @@
+//! The regime table, and the facts that stand above it.
+
+mod common;
+
+use common::{
+    GIB, MIB, five_shards, on_nfs, on_tmpfs, one_shard, platform, ranges, resident, stored, whole,
+    without,
+};
+use tensora_heuristics::StorageLayout::{SafeTensors, ServerlessLlm};
+use tensora_heuristics::{
+    BackendChoice, DirectChoice, MappingConsent, MemoryChoice, MemoryKind, Plan, Policy, Workload,
+    plan,
+};
+use tensora_io::BackendKind::{Async, IoUring, Mmap, Sync};
+use tensora_io::{
+    BackendKind, DirectPolicy, DirectSupport, FileSystemClass, Platform, TransferParams,
+};
+
+const GB: u64 = 1_000_000_000;
+
+#[track_caller]
+fn auto(workload: &Workload, platform: &Platform) -> Plan {
+    plan(workload, platform, &Policy::default()).expect("there is a plan")
+}
+
+#[track_caller]
+fn with(workload: &Workload, platform: &Platform, change: impl FnOnce(&mut Policy)) -> Plan {
+    let mut policy = Policy::default();
+    change(&mut policy);
+    plan(workload, platform, &policy).expect("there is a plan")
+}
+
+fn consent(policy: &mut Policy) {
+    policy.mapping = MappingConsent::Granted;
+}
+
+/// Why `choice` was rejected when `field` was decided.
+#[track_caller]
+fn rejection<'a>(plan: &'a Plan, field: &str, choice: &str) -> &'a str {
+    plan.decisions
+        .iter()
+        .filter(|decision| decision.field == field)
+        .flat_map(|decision| &decision.rejected)
+        .find(|rejection| rejection.choice == choice)
+        .map(|rejection| rejection.reason.as_str())
+        .unwrap_or_else(|| panic!("{choice} was not rejected for {field}"))
+}
+
+#[test]
+fn every_row_of_the_regime_table() {
+    let table = [
+        ("one small shard", whole(SafeTensors, 1, GB), Sync),
+        ("one large shard", whole(SafeTensors, 1, 20 * GB), Sync),
+        ("small shards", whole(SafeTensors, 4, 4 * GB - 1), Sync),
+        ("large shards", whole(SafeTensors, 2, 4 * GB), IoUring),
+        ("small selection", ranges(SafeTensors, 4, 90, GB), Sync),
+        (
+            "large selection",
+            ranges(SafeTensors, 4, 90, 8 * GB),
+            IoUring,
+        ),
+        ("small ranges", ranges(ServerlessLlm, 8, 90, GB), Async),
+        ("large ranges", ranges(ServerlessLlm, 8, 90, 8 * GB), Async),
+        (
+            "small partitions",
+            whole(ServerlessLlm, 8, 4 * GB - 1),
+            Sync,
+        ),
+        ("large partitions", whole(ServerlessLlm, 8, 4 * GB), IoUring),
+        (
+            "one large partition",
+            whole(ServerlessLlm, 1, 9 * GB),
+            IoUring,
+        ),
+    ];
+    for (name, workload, backend) in table {
+        let plan = auto(&workload, &platform(4));
+        assert_eq!(plan.backend, backend, "{name}");
+        assert_eq!(plan.memory, MemoryKind::Owned, "{name}");
+        assert_eq!(plan.params.direct, DirectPolicy::Preferred, "{name}");
+        assert!(plan.reads_direct(), "{name}");
+    }
+}
+
+#[test]
+fn the_table_holds_where_nothing_is_known_about_the_storage() {
+    let mut unknown = platform(4);
+    unknown.storage = None;
+    let plan = auto(&five_shards(), &unknown);
+    assert_eq!(plan.backend, IoUring);
+    assert_eq!(plan.params.direct, DirectPolicy::Never);
+    assert!(!plan.reads_direct());
+}
+
+#[test]
+fn parameters_of_each_backend() {
+    let table: [(Option<BackendKind>, DirectPolicy, u32, [u64; 3]); 12] = [
+        // Backend, direct, CPUs; chunk in MiB, depth, workers.
+        (Some(Sync), DirectPolicy::Preferred, 2, [1, 1, 16]),
+        (Some(Sync), DirectPolicy::Preferred, 64, [1, 1, 16]),
+        (Some(Sync), DirectPolicy::Never, 1, [4, 1, 2]),
+        (Some(Sync), DirectPolicy::Never, 6, [4, 1, 6]),
+        (Some(Sync), DirectPolicy::Never, 64, [4, 1, 16]),
+        (Some(Async), DirectPolicy::Required, 2, [1, 1, 16]),
+        (Some(Async), DirectPolicy::Never, 6, [4, 1, 6]),
+        (Some(IoUring), DirectPolicy::Preferred, 1, [1, 16, 2]),
+        (Some(IoUring), DirectPolicy::Preferred, 64, [1, 8, 4]),
+        (Some(Mmap), DirectPolicy::Never, 2, [4, 1, 8]),
+        (Some(Mmap), DirectPolicy::Never, 64, [4, 1, 16]),
+        (None, DirectPolicy::Preferred, 2, [1, 16, 2]),
+    ];
+    for (backend, direct, cpus, [chunk_mib, queue_depth, workers]) in table {
+        let plan = with(&five_shards(), &platform(cpus), |policy| {
+            policy.backend = backend.map_or(BackendChoice::Auto, BackendChoice::Named);
+            policy.direct = DirectChoice::Policy(direct);
+        });
+        let expected = TransferParams {
+            chunk_bytes: chunk_mib * MIB,
+            queue_depth: u32::try_from(queue_depth).expect("small"),
+            workers: u32::try_from(workers).expect("small"),
+            direct,
+        };
+        assert_eq!(plan.params, expected, "{backend:?} {direct} {cpus}");
+    }
+}
+
+#[test]
+fn files_in_memory_are_copied_or_mapped() {
+    for workload in [one_shard(), five_shards(), ranges(ServerlessLlm, 8, 9, GB)] {
+        let copied = auto(&workload, &on_tmpfs());
+        assert_eq!((copied.backend, copied.memory), (Sync, MemoryKind::Owned));
+        assert_eq!(copied.params.direct, DirectPolicy::Never);
+        assert_eq!(copied.params.workers, copied.platform.cpus);
+        let mapped = with(&workload, &on_tmpfs(), consent);
+        assert_eq!((mapped.backend, mapped.memory), (Mmap, MemoryKind::Mapped));
+    }
+}
+
+#[test]
+fn resident_files_are_copied_or_mapped() {
+    for per_mille in [900, 1000] {
+        for workload in [one_shard(), five_shards(), ranges(ServerlessLlm, 8, 9, GB)] {
+            let platform = resident(per_mille);
+            let copied = auto(&workload, &platform);
+            assert_eq!((copied.backend, copied.memory), (Sync, MemoryKind::Owned));
+            assert_eq!(copied.params.direct, DirectPolicy::Never);
+            assert_eq!(copied.params.chunk_bytes, 4 * MIB);
+            assert_eq!(copied.params.workers, platform.cpus);
+            let mapped = with(&workload, &platform, consent);
+            assert_eq!((mapped.backend, mapped.memory), (Mmap, MemoryKind::Mapped));
+        }
+    }
+}
+
+#[test]
+fn partly_resident_files_count_as_cold() {
+    let plan = with(&one_shard(), &resident(899), consent);
+    assert_eq!((plan.backend, plan.memory), (Sync, MemoryKind::Owned));
+    assert_eq!(plan.params.direct, DirectPolicy::Preferred);
+    assert!(rejection(&plan, "memory", "mapped").contains("slower than reading"));
+}
+
+#[test]
+fn unknown_residency_counts_as_cold() {
+    let plan = auto(
+        &one_shard(),
+        &stored(|storage| storage.resident_bytes = None),
+    );
+    assert_eq!(plan.params.direct, DirectPolicy::Preferred);
+}
+
+#[test]
+fn asking_for_direct_reads_goes_past_the_page_cache() {
+    let plan = with(&five_shards(), &resident(1000), |policy| {
+        policy.mapping = MappingConsent::Granted;
+        policy.direct = DirectChoice::Policy(DirectPolicy::Preferred);
+    });
+    assert_eq!((plan.backend, plan.memory), (IoUring, MemoryKind::Owned));
+    assert!(plan.reads_direct());
+}
+
+#[test]
+fn preferred_without_support_is_planned_as_buffered() {
+    let unsupported = stored(|storage| {
+        storage.direct = DirectSupport::Unsupported {
+            reason: "EINVAL".to_owned(),
+        };
+    });
+    let plan = with(&one_shard(), &unsupported, |policy| {
+        policy.direct = DirectChoice::Policy(DirectPolicy::Preferred);
+    });
+    assert_eq!(plan.params.direct, DirectPolicy::Preferred);
+    assert!(!plan.reads_direct());
+    assert_eq!(plan.params.chunk_bytes, 4 * MIB);
+
+    let plan = auto(&one_shard(), &unsupported);
+    assert_eq!(plan.params.direct, DirectPolicy::Never);
+    assert!(rejection(&plan, "direct", "preferred").contains("EINVAL"));
+}
+
+#[test]
+fn servers_are_read_in_a_few_long_streams() {
+    for class in [FileSystemClass::Network, FileSystemClass::Fuse] {
+        for workload in [one_shard(), five_shards(), ranges(ServerlessLlm, 8, 9, GB)] {
+            let platform = stored(|storage| storage.class = class);
+            let plan = with(&workload, &platform, consent);
+            assert_eq!((plan.backend, plan.memory), (Sync, MemoryKind::Owned));
+            assert_eq!(plan.params.direct, DirectPolicy::Never);
+            assert_eq!((plan.params.chunk_bytes, plan.params.workers), (8 * MIB, 4));
+        }
+    }
+    // Also with rings, there are no more reads at once than that.
+    let rings = with(&five_shards(), &on_nfs(), |policy| {
+        policy.backend = BackendChoice::Named(IoUring);
+    });
+    assert_eq!((rings.params.workers, rings.params.queue_depth), (2, 2));
+}
+
+#[test]
+fn resident_files_of_a_server_are_copied_and_never_mapped_unasked() {
+    let platform = stored(|storage| {
+        storage.class = FileSystemClass::Network;
+        storage.resident_bytes = Some(storage.file_bytes);
+    });
+    let plan = with(&one_shard(), &platform, consent);
+    assert_eq!((plan.backend, plan.memory), (Sync, MemoryKind::Owned));
+    assert_eq!(plan.params.chunk_bytes, 4 * MIB);
+    let plan = with(&one_shard(), &platform, |policy| {
+        policy.mapping = MappingConsent::Granted;
+        policy.memory = MemoryChoice::Mapped;
+    });
+    assert_eq!(plan.memory, MemoryKind::Mapped);
+}
+
+#[test]
+fn direct_reads_have_to_be_worth_it() {
+    let tiny = auto(&whole(SafeTensors, 1, 4 * MIB - 1), &platform(2));
+    assert_eq!(tiny.params.direct, DirectPolicy::Never);
+    let enough = auto(&whole(SafeTensors, 1, 4 * MIB), &platform(2));
+    assert_eq!(enough.params.direct, DirectPolicy::Preferred);
+    let scattered = auto(
+        &ranges(ServerlessLlm, 8, 10_000, 10_000 * 65_535),
+        &platform(2),
+    );
+    assert_eq!(scattered.params.direct, DirectPolicy::Never);
+    let longer = auto(
+        &ranges(ServerlessLlm, 8, 10_000, 10_000 * 65_536),
+        &platform(2),
+    );
+    assert_eq!(longer.params.direct, DirectPolicy::Preferred);
+}
+
+#[test]
+fn what_cannot_run_is_passed_over_in_the_documented_order() {
+    let table = [
+        (five_shards(), [IoUring, Sync, Async, Mmap]),
+        (
+            ranges(ServerlessLlm, 8, 9, GB),
+            [Async, Sync, IoUring, Mmap],
+        ),
+        (one_shard(), [Sync, Async, IoUring, Mmap]),
+        (whole(ServerlessLlm, 8, GB), [Sync, Async, IoUring, Mmap]),
+    ];
+    for (workload, order) in table {
+        for (passed_over, backend) in order.into_iter().enumerate() {
+            let blocked = &order[..passed_over];
+            let plan = auto(&workload, &without(platform(2), blocked));
+            assert_eq!(plan.backend, backend);
+            assert_eq!(plan.memory, MemoryKind::Owned);
+            for kind in blocked {
+                let reason = rejection(&plan, "backend", kind.as_str());
+                assert!(reason.contains(&format!("{kind} is blocked")), "{reason}");
+                assert!(reason.contains(&format!("unblock {kind}")), "{reason}");
+            }
+            // Every other backend that was not chosen has a reason, too.
+            for kind in BackendKind::ALL.into_iter().filter(|kind| *kind != backend) {
+                assert!(!rejection(&plan, "backend", kind.as_str()).is_empty());
+            }
+        }
+    }
+}
+
+#[test]
+fn mmap_with_owned_memory_populates_and_copies() {
+    let plan = with(&one_shard(), &platform(2), |policy| {
+        policy.backend = BackendChoice::Named(Mmap);
+    });
+    assert_eq!((plan.backend, plan.memory), (Mmap, MemoryKind::Owned));
+    assert_eq!(plan.params.direct, DirectPolicy::Never);
+    // With consent there is nothing to copy for.
+    let plan = with(&one_shard(), &platform(2), |policy| {
+        policy.backend = BackendChoice::Named(Mmap);
+        policy.mapping = MappingConsent::Granted;
+    });
+    assert_eq!((plan.backend, plan.memory), (Mmap, MemoryKind::Mapped));
+}
+
+#[test]
+fn a_named_backend_stays_owned_and_says_what_it_was_chosen_over() {
+    let plan = with(&five_shards(), &resident(1000), |policy| {
+        policy.backend = BackendChoice::Named(Async);
+        policy.mapping = MappingConsent::Granted;
+    });
+    assert_eq!((plan.backend, plan.memory), (Async, MemoryKind::Owned));
+    assert!(rejection(&plan, "memory", "mapped").contains("async was named"));
+    assert!(rejection(&plan, "backend", "sync").contains("async was named"));
+}
+
+#[test]
+fn consent_is_worth_nothing_where_mmap_cannot_run() {
+    let plan = with(&one_shard(), &without(resident(1000), &[Mmap]), consent);
+    assert_eq!((plan.backend, plan.memory), (Sync, MemoryKind::Owned));
+    assert!(rejection(&plan, "memory", "mapped").contains("mmap is blocked"));
+}
+
+#[test]
+fn too_large_for_memory_is_mapped_with_consent() {
+    let mut small = platform(2);
+    small.memory.available_bytes = Some(GIB);
+    let plan = with(&one_shard(), &small, consent);
+    assert_eq!((plan.backend, plan.memory), (Mmap, MemoryKind::Mapped));
+    assert!(rejection(&plan, "memory", "owned").contains("the machine leaves 1 GiB"));
+}
+
+#[test]
+fn no_more_workers_or_depth_than_there_are_chunks() {
+    let three = auto(&whole(SafeTensors, 1, 11 * MIB), &resident(1000));
+    assert_eq!(three.params.workers, 2);
+    let mut many_cpus = resident(1000);
+    many_cpus.cpus = 32;
+    let three = auto(&whole(SafeTensors, 1, 11 * MIB), &many_cpus);
+    assert_eq!(three.params.workers, 3);
+    let nothing = auto(&whole(SafeTensors, 1, 0), &many_cpus);
+    assert_eq!(nothing.params.workers, 1);
+    let rings = with(&whole(SafeTensors, 1, 6 * MIB), &platform(2), |policy| {
+        policy.backend = BackendChoice::Named(IoUring);
+    });
+    assert_eq!((rings.params.workers, rings.params.queue_depth), (2, 3));
+}
+
+#[test]
+fn chunks_are_no_longer_than_requests_can_fill() {
+    let short = auto(&ranges(ServerlessLlm, 8, 100, 100 * 100_000), &platform(2));
+    assert_eq!(short.params.chunk_bytes, 128 << 10);
+    // Rounded outwards to blocks, a request of exactly 128 KiB touches one block more.
+    let exact = auto(&ranges(ServerlessLlm, 8, 100, 100 * 131_072), &platform(2));
+    assert_eq!(exact.params.chunk_bytes, 256 << 10);
+    let tiny = auto(&ranges(ServerlessLlm, 8, 100, 100), &platform(2));
+    assert_eq!(tiny.params.chunk_bytes, TransferParams::MIN_CHUNK_BYTES);
+}
+
+#[test]
+fn overrides_are_taken_as_they_are_and_shape_the_rest() {
+    let plan = with(&five_shards(), &platform(2), |policy| {
+        policy.chunk_bytes = Some(8 * MIB);
+    });
+    // 32 MiB in flight at most.
+    assert_eq!((plan.params.workers, plan.params.queue_depth), (2, 2));
+    let plan = with(&five_shards(), &platform(2), |policy| {
+        policy.workers = Some(8);
+    });
+    assert_eq!((plan.params.workers, plan.params.queue_depth), (8, 4));
+    assert_eq!(
+        rejection(&plan, "workers", "2").split('.').next(),
+        Some("another value was set")
+    );
+    let plan = with(&five_shards(), &platform(2), |policy| {
+        policy.backend = BackendChoice::Named(Sync);
+        policy.queue_depth = Some(64);
+        policy.workers = Some(200);
+    });
+    assert_eq!((plan.params.workers, plan.params.queue_depth), (200, 1));
+    assert!(rejection(&plan, "queue_depth", "64").contains("no effect"));
+    let plan = with(&five_shards(), &platform(2), |policy| {
+        policy.backend = BackendChoice::Named(Sync);
+        policy.chunk_bytes = Some(TransferParams::MAX_CHUNK_BYTES);
+    });
+    assert_eq!(plan.params.workers, 1);
+}
