@@ -2,10 +2,14 @@
 #![forbid(unsafe_code)]
 #![allow(
     clippy::print_stdout,
-    reason = "these are commands; they talk to whoever started them"
+    clippy::print_stderr,
+    reason = "these are commands: results go to standard output, progress to standard error"
 )]
 
+pub mod bench;
+pub mod demo;
 pub mod features;
 pub mod fixtures;
 pub mod presets;
+pub mod programs;
 pub mod tidy;
