@@ -219,8 +219,8 @@ fn behind_a_server() {
                          leaves 24 GiB.
                          Not mapped: the caller has not taken on the contract of mappings.
 
-            backend      sync. The files are behind a server (nfs), not in the page cache. A few threads, each
-                         with a long sequence to read, suit it best.
+            backend      sync. The files are behind a server (nfs). A few threads, each with a long sequence to
+                         read, suit it best.
                          Not async: it makes the same reads as sync, each handed to Tokio's blocking pool first.
                          Not io-uring: many reads at once are what a server behind a file system handles worst.
                          Not mmap: for owned memory it copies out of the page cache, and cold mappings are slow

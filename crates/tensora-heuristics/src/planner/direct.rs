@@ -1,0 +1,124 @@
+//! Direct or buffered.
+
+use tensora_io::{BackendKind, DirectPolicy, DirectSupport};
+
+use super::{Case, Place, decided};
+use crate::tuning::{self, evidence};
+use crate::units::Bytes;
+use crate::{Decision, DirectChoice, MemoryKind, Rejection};
+
+impl Case<'_> {
+    /// The policy and why.
+    pub(super) fn direct(
+        &self,
+        backend: BackendKind,
+        memory: MemoryKind,
+    ) -> (DirectPolicy, Decision) {
+        let preferred = DirectPolicy::Preferred;
+        let decided =
+            |policy, reason: String, rejected| decided("direct", policy, reason, rejected);
+
+        if backend == BackendKind::Mmap {
+            let reason = match memory {
+                MemoryKind::Mapped => "A mapping is the page cache itself.",
+                MemoryKind::Owned => "The mmap backend reads through the page cache.",
+            };
+            let rejected = match self.policy.direct {
+                DirectChoice::Policy(DirectPolicy::Preferred) => vec![Rejection::new(
+                    preferred,
+                    "it was asked for, but there is nothing to read directly with this backend",
+                )],
+                _ => Vec::new(),
+            };
+            return decided(DirectPolicy::Never, reason.to_owned(), rejected);
+        }
+        if let DirectChoice::Policy(policy) = self.policy.direct {
+            let mut reason = "It was asked for.".to_owned();
+            if policy == preferred
+                && let Err(against) = self.supports_direct()
+            {
+                reason.push_str(match self.place {
+                    Place::Unknown => " The backend will find out whether it works:",
+                    _ => " Reads will be buffered all the same:",
+                });
+                reason.push_str(&format!(" {against}."));
+            }
+            return decided(policy, reason, Vec::new());
+        }
+        match self.direct_pays() {
+            Ok(reason) => decided(
+                preferred,
+                reason,
+                vec![Rejection::new(
+                    DirectPolicy::Never,
+                    "reading through the page cache costs a second copy and reaches a part of the \
+                     device's speed only",
+                )],
+            ),
+            Err(against) => decided(
+                DirectPolicy::Never,
+                "Reads go through the page cache.".to_owned(),
+                vec![Rejection::new(preferred, against)],
+            ),
+        }
+    }
+
+    /// Whether direct reads are known to work, and why not.
+    pub(super) fn supports_direct(&self) -> std::result::Result<(), String> {
+        match self
+            .platform
+            .storage
+            .as_ref()
+            .map(|storage| &storage.direct)
+        {
+            None => Err("the storage was not probed for direct I/O".to_owned()),
+            Some(DirectSupport::Supported { .. }) => Ok(()),
+            Some(DirectSupport::Unsupported { reason }) => Err(format!(
+                "the storage does not support direct I/O ({reason})"
+            )),
+        }
+    }
+
+    /// Whether direct reads are better than buffered ones where both are possible.
+    fn direct_pays(&self) -> std::result::Result<String, String> {
+        match self.place {
+            Place::Memory => {
+                return Err("the files live in memory, so there is no device to read".to_owned());
+            }
+            Place::PageCache => {
+                return Err(format!(
+                    "it would fetch from the device what is in the page cache already ({})",
+                    evidence::WARM
+                ));
+            }
+            Place::Server => {
+                return Err(
+                    "a server's files gain from read-ahead, which direct reads do without"
+                        .to_owned(),
+                );
+            }
+            Place::Unknown | Place::Device => self.supports_direct()?,
+        }
+        let read = self.workload.read_bytes;
+        if read < tuning::DIRECT_MIN_READ_BYTES {
+            return Err(format!(
+                "{} is too little to be worth it (from {})",
+                Bytes(read),
+                Bytes(tuning::DIRECT_MIN_READ_BYTES)
+            ));
+        }
+        let mean = read / self.workload.requests.max(1);
+        if mean < tuning::DIRECT_MIN_MEAN_REQUEST_BYTES {
+            return Err(format!(
+                "the requests are too short, {} on average (from {}): read-ahead serves neighbours \
+                 together",
+                Bytes(mean),
+                Bytes(tuning::DIRECT_MIN_MEAN_REQUEST_BYTES)
+            ));
+        }
+        Ok(format!(
+            "{} The storage supports direct I/O, and direct reads saturate the device.",
+            self.whereabouts()
+        ))
+    }
+}

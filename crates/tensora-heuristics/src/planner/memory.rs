@@ -1,0 +1,211 @@
+//! Owned or mapped, and whether owned fits.
+
+use tensora_io::{BackendKind, DirectPolicy, FileSystemClass};
+
+use super::{Case, Obstacle, Place, decided};
+use crate::tuning::{self, evidence};
+use crate::units::Bytes;
+use crate::{
+    BackendChoice, Decision, DirectChoice, MappingConsent, MemoryBound, MemoryChoice, MemoryKind,
+    PlanError, Rejection, Result,
+};
+
+/// Owned tensors do not fit.
+struct Shortage {
+    needed_bytes: u64,
+    available_bytes: u64,
+    bound: MemoryBound,
+}
+
+impl Case<'_> {
+    pub(super) fn memory(&self) -> Result<(MemoryKind, Decision)> {
+        let owned =
+            |reason: String, rejected| decided("memory", MemoryKind::Owned, reason, rejected);
+        let mapped =
+            |reason: String, rejected| decided("memory", MemoryKind::Mapped, reason, rejected);
+
+        if self.policy.memory == MemoryChoice::Mapped {
+            let mut reason =
+                "It was asked for, and the caller takes on the contract of mappings.".to_owned();
+            if let Err(against) = self.mapping_pays() {
+                reason.push_str(&format!(" Be warned: {against}."));
+            }
+            return Ok(mapped(reason, Vec::new()));
+        }
+
+        let obstacles = self.mapping_obstacles();
+        let pays = if obstacles.is_empty() {
+            self.mapping_pays()
+        } else {
+            Err(join(obstacles.iter().map(|o| o.reason.as_str()), "; "))
+        };
+        match (pays, self.shortage()) {
+            (Ok(reason), _) => {
+                let against = format!("it would copy what can be used in place ({})", evidence::WARM);
+                Ok(mapped(reason, vec![Rejection::new(MemoryKind::Owned, against)]))
+            }
+            (Err(_), None) if self.policy.memory == MemoryChoice::Owned => {
+                Ok(owned(format!("It was asked for. {}", self.fits()), Vec::new()))
+            }
+            (Err(against), None) => Ok(owned(
+                self.fits(),
+                vec![Rejection::new(MemoryKind::Mapped, against)],
+            )),
+            (Err(_), Some(shortage)) if obstacles.is_empty() => Ok(mapped(
+                "Owned tensors would not fit into memory, and mappings are allowed: the kernel keeps \
+                 as much of the files as there is room for."
+                    .to_owned(),
+                vec![Rejection::new(
+                    MemoryKind::Owned,
+                    format!(
+                        "it takes {}, and {} leaves {}",
+                        Bytes(shortage.needed_bytes),
+                        shortage.bound,
+                        Bytes(shortage.available_bytes)
+                    ),
+                )],
+            )),
+            (Err(_), Some(shortage)) => Err(PlanError::DoesNotFit {
+                needed_bytes: shortage.needed_bytes,
+                destination_bytes: self.workload.destination_bytes,
+                available_bytes: shortage.available_bytes,
+                bound: shortage.bound,
+                mapping: format!(
+                    "map the tensors instead: {}",
+                    join(obstacles.iter().map(|o| o.remedy.as_str()), ", ")
+                ),
+            }),
+        }
+    }
+
+    /// Everything that keeps the planner from choosing mapped memory, so that an error can name all of
+    /// it at once.
+    fn mapping_obstacles(&self) -> Vec<Obstacle> {
+        let mut obstacles = Vec::new();
+        if self.policy.memory == MemoryChoice::Owned {
+            obstacles.push(Obstacle::new(
+                "owned memory was asked for",
+                "ask for mapped memory",
+            ));
+        }
+        if self.policy.mapping == MappingConsent::Denied {
+            obstacles.push(Obstacle::new(
+                "the caller has not taken on the contract of mappings",
+                "consent to the contract of mappings",
+            ));
+        }
+        if let BackendChoice::Named(backend) = self.policy.backend
+            && backend != BackendKind::Mmap
+        {
+            obstacles.push(Obstacle::new(
+                format!("only the mmap backend maps, and {backend} was named"),
+                "leave the backend to auto",
+            ));
+        }
+        if let Some(obstacle) = self.obstacle(BackendKind::Mmap) {
+            obstacles.push(Obstacle::new(
+                format!("of the mmap backend: {}", obstacle.reason),
+                obstacle.remedy,
+            ));
+        }
+        obstacles
+    }
+
+    /// Whether mapping is better than reading where both are possible, and why or why not.
+    fn mapping_pays(&self) -> std::result::Result<String, String> {
+        if self.policy.backend == BackendChoice::Named(BackendKind::Mmap) {
+            return Ok(
+                "The mmap backend was named and mappings are allowed, so its mapping is handed out as \
+                 it is."
+                    .to_owned(),
+            );
+        }
+        if self.policy.direct == DirectChoice::Policy(DirectPolicy::Preferred) {
+            return Err("direct I/O was asked for, and a mapping is the page cache".to_owned());
+        }
+        match self.place {
+            Place::PageCache if self.is_served() => Err(
+                "when the server goes away, touching a page that the cache has dropped hangs or kills \
+                 the process"
+                    .to_owned(),
+            ),
+            Place::Memory | Place::PageCache => Ok(format!(
+                "{} Mappings are allowed, so the tensors are used where they are.",
+                self.whereabouts()
+            )),
+            Place::Server => Err(
+                "every first touch of a page would wait for the server, and when that goes away the \
+                 process hangs or is killed"
+                    .to_owned(),
+            ),
+            Place::Unknown | Place::Device => Err(format!(
+                "mapping pays for files that are in memory; cold, it is slower than reading ({})",
+                evidence::COLD_MAPPING
+            )),
+        }
+    }
+
+    /// Whether the files come from a server, resident or not.
+    fn is_served(&self) -> bool {
+        self.platform.storage.as_ref().is_some_and(|storage| {
+            matches!(
+                storage.class,
+                FileSystemClass::Network | FileSystemClass::Fuse
+            )
+        })
+    }
+
+    /// What owned tensors and the reads under way take, in bytes.
+    fn needed_bytes(&self) -> u64 {
+        // Scratch never exceeds what is read.
+        let overhead = tuning::OVERHEAD_BYTES.min(self.workload.read_bytes);
+        self.workload.destination_bytes.saturating_add(overhead)
+    }
+
+    /// The tightest bound on the load's memory, when any is known.
+    fn bound(&self) -> Option<(u64, MemoryBound)> {
+        let usable = self.platform.memory.usable_bytes().map(|(bytes, source)| {
+            let bound = match source {
+                "cgroup" => MemoryBound::ControlGroup,
+                _ => MemoryBound::Machine,
+            };
+            (bytes, bound)
+        });
+        let limit = self
+            .policy
+            .memory_limit_bytes
+            .map(|bytes| (bytes, MemoryBound::Limit));
+        usable
+            .into_iter()
+            .chain(limit)
+            .min_by_key(|(bytes, _)| *bytes)
+    }
+
+    fn shortage(&self) -> Option<Shortage> {
+        let needed_bytes = self.needed_bytes();
+        let (available_bytes, bound) = self.bound()?;
+        (needed_bytes > available_bytes).then_some(Shortage {
+            needed_bytes,
+            available_bytes,
+            bound,
+        })
+    }
+
+    fn fits(&self) -> String {
+        let needed = Bytes(self.needed_bytes());
+        match self.bound() {
+            Some((available, bound)) => format!(
+                "It fits: with the reads under way the tensors take {needed}, and {bound} leaves {}.",
+                Bytes(available)
+            ),
+            None => format!(
+                "With the reads under way the tensors take {needed}; how much memory is left is not \
+                 known."
+            ),
+        }
+    }
+}
+
+fn join<'a>(parts: impl Iterator<Item = &'a str>, separator: &str) -> String {
+    parts.collect::<Vec<_>>().join(separator)
+}

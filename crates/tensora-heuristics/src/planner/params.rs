@@ -1,0 +1,267 @@
+//! Chunk, workers and queue depth.
+
+use std::fmt;
+
+use tensora_io::{BackendKind, DirectPolicy, DirectSupport, TransferParams};
+
+use super::{Case, Place, decided};
+use crate::tuning;
+use crate::units::{Bytes, count};
+use crate::{Decision, Rejection};
+
+/// What kind of transfer the parameters are for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Shape {
+    /// Few long reads from a server.
+    Server { rings: bool },
+    /// Direct reads on threads or tasks.
+    Device,
+    /// Direct or buffered reads on rings.
+    Rings,
+    /// Buffered reads on threads or tasks.
+    Copy,
+    /// Population of a mapping.
+    Map,
+}
+
+impl Shape {
+    /// Whether reads may go through scratch buffers, so that what is in flight takes memory.
+    fn takes_scratch(self) -> bool {
+        !matches!(self, Self::Copy | Self::Map)
+    }
+}
+
+impl Case<'_> {
+    pub(super) fn params(
+        &self,
+        backend: BackendKind,
+        direct: DirectPolicy,
+    ) -> (TransferParams, [Decision; 3]) {
+        let shape = self.shape(backend, direct);
+        let (chunk_bytes, chunk) = self.chunk_bytes(shape);
+        let (workers, worker) = self.workers(shape, chunk_bytes);
+        let (queue_depth, depth) = self.queue_depth(shape, chunk_bytes, workers);
+        let params = TransferParams {
+            chunk_bytes,
+            queue_depth,
+            workers,
+            direct,
+        };
+        (params, [chunk, worker, depth])
+    }
+
+    fn shape(&self, backend: BackendKind, direct: DirectPolicy) -> Shape {
+        let rings = backend == BackendKind::IoUring;
+        let reads_direct = match direct {
+            DirectPolicy::Never => false,
+            DirectPolicy::Preferred => self.supports_direct().is_ok(),
+            DirectPolicy::Required => true,
+        };
+        match backend {
+            _ if self.place == Place::Server => Shape::Server { rings },
+            BackendKind::Mmap => Shape::Map,
+            BackendKind::IoUring => Shape::Rings,
+            BackendKind::Sync | BackendKind::Async if reads_direct => Shape::Device,
+            BackendKind::Sync | BackendKind::Async => Shape::Copy,
+        }
+    }
+
+    fn chunk_bytes(&self, shape: Shape) -> (u64, Decision) {
+        let (mut auto, mut reason) = match shape {
+            Shape::Server { .. } => (
+                tuning::SERVER_CHUNK_BYTES,
+                "Long sequential reads suit a server.".to_owned(),
+            ),
+            Shape::Device | Shape::Rings => (
+                tuning::DEVICE_CHUNK_BYTES,
+                "Long enough for the device's full speed, short enough to keep many in flight."
+                    .to_owned(),
+            ),
+            Shape::Copy => (
+                tuning::COPY_CHUNK_BYTES,
+                "Through the page cache, longer reads save calls and keep read-ahead going."
+                    .to_owned(),
+            ),
+            Shape::Map => (
+                tuning::MAP_CHUNK_BYTES,
+                "Two huge pages: enough to save calls, little enough to share out evenly."
+                    .to_owned(),
+            ),
+        };
+        let fitting = self.fitting_chunk_bytes();
+        if fitting < auto {
+            auto = fitting;
+            reason = format!(
+                "No request is longer than {}, so longer chunks would never be filled.",
+                Bytes(self.workload.largest_request_bytes)
+            );
+        }
+        overridable("chunk_bytes", auto, self.policy.chunk_bytes, reason)
+    }
+
+    /// The smallest power of two that holds the longest request, also when its ends are rounded outwards
+    /// to blocks.
+    fn fitting_chunk_bytes(&self) -> u64 {
+        let align = match self
+            .platform
+            .storage
+            .as_ref()
+            .map(|storage| &storage.direct)
+        {
+            Some(DirectSupport::Supported {
+                offset_align_bytes, ..
+            }) => u64::from(*offset_align_bytes),
+            _ => 0,
+        };
+        match self.workload.largest_request_bytes {
+            0 => u64::MAX,
+            largest => largest
+                .saturating_add(2 * align)
+                .checked_next_power_of_two()
+                .unwrap_or(u64::MAX)
+                .max(TransferParams::MIN_CHUNK_BYTES),
+        }
+    }
+
+    /// Chunks that there are to read, at least: requests are cut, never joined, but how their lengths are
+    /// spread is not known.
+    fn fewest_chunks(&self, chunk_bytes: u64) -> u64 {
+        let read_bytes = self.workload.read_bytes;
+        read_bytes
+            .div_ceil(chunk_bytes)
+            .max(self.workload.requests.min(read_bytes))
+            .max(1)
+    }
+
+    fn workers(&self, shape: Shape, chunk_bytes: u64) -> (u32, Decision) {
+        let cpus = self.platform.cpus;
+        let (mut auto, mut reason) = match shape {
+            Shape::Server { rings: true } => {
+                (tuning::MIN_RINGS, "Two rings share a handful of reads.".to_owned())
+            }
+            Shape::Server { rings: false } => (
+                tuning::SERVER_MAX_READS,
+                "A few reads at once hide the round trip; more make the server seek.".to_owned(),
+            ),
+            Shape::Device => (
+                tuning::DEVICE_WORKERS,
+                "They wait for the device rather than compute, so the device's queue decides, not the \
+                 CPUs."
+                    .to_owned(),
+            ),
+            Shape::Rings => (
+                cpus.clamp(tuning::MIN_RINGS, tuning::MAX_RINGS),
+                "One ring alone starves while its destination pages are faulted in; beyond a few there \
+                 is nothing left to gain."
+                    .to_owned(),
+            ),
+            Shape::Copy => (
+                cpus.clamp(tuning::COPY_MIN_WORKERS, tuning::COPY_MAX_WORKERS),
+                format!(
+                    "Going through the page cache is a copy, and so work for the {}.",
+                    count(cpus.into(), "CPU")
+                ),
+            ),
+            Shape::Map => (
+                cpus.clamp(tuning::MAP_MIN_WORKERS, tuning::MAP_MAX_WORKERS),
+                "Populating waits for the device where files are cold and sets up pages where they are \
+                 not; several workers do both faster."
+                    .to_owned(),
+            ),
+        };
+        let room = (tuning::MAX_IN_FLIGHT_BYTES / chunk_bytes).max(1);
+        if shape.takes_scratch() && room < u64::from(auto) {
+            auto = saturate(room);
+            reason = format!(
+                "More chunks of {} at once would exceed {} in flight.",
+                Bytes(chunk_bytes),
+                Bytes(tuning::MAX_IN_FLIGHT_BYTES)
+            );
+        }
+        let chunks = self.fewest_chunks(chunk_bytes);
+        if chunks < u64::from(auto) {
+            auto = saturate(chunks);
+            reason = format!(
+                "More would find nothing to do: {} to read.",
+                there_are(chunks)
+            );
+        }
+        overridable("workers", auto, self.policy.workers, reason)
+    }
+
+    fn queue_depth(&self, shape: Shape, chunk_bytes: u64, workers: u32) -> (u32, Decision) {
+        let (mut auto, mut reason) = match shape {
+            Shape::Rings => (
+                tuning::RING_DEPTH,
+                "Together the rings keep the device's queue full.".to_owned(),
+            ),
+            Shape::Server { rings: true } => (
+                tuning::SERVER_MAX_READS / tuning::MIN_RINGS,
+                "A few reads at once hide the round trip; more make the server seek.".to_owned(),
+            ),
+            Shape::Server { rings: false } | Shape::Device | Shape::Copy | Shape::Map => {
+                let rejected = match self.policy.queue_depth {
+                    Some(set) if set > 1 => {
+                        vec![Rejection::new(
+                            set,
+                            "it was set, but has no effect without rings",
+                        )]
+                    }
+                    _ => Vec::new(),
+                };
+                let reason = "Only rings keep more than one read in flight per worker.".to_owned();
+                return decided("queue_depth", 1, reason, rejected);
+            }
+        };
+        let workers = u64::from(workers);
+        let room = (tuning::MAX_IN_FLIGHT_BYTES / chunk_bytes / workers).max(1);
+        if room < u64::from(auto) {
+            auto = saturate(room);
+            reason = format!(
+                "{} with more reads of {} each would exceed {} in flight.",
+                count(workers, "ring"),
+                Bytes(chunk_bytes),
+                Bytes(tuning::MAX_IN_FLIGHT_BYTES)
+            );
+        }
+        let chunks = self.fewest_chunks(chunk_bytes);
+        let share = chunks.div_ceil(workers);
+        if share < u64::from(auto) {
+            auto = saturate(share);
+            reason = format!("More would never be used: {} to read.", there_are(chunks));
+        }
+        overridable("queue_depth", auto, self.policy.queue_depth, reason)
+    }
+}
+
+/// The planner's value, or the one that the caller set instead.
+fn overridable<T: fmt::Display + Copy + PartialEq>(
+    field: &'static str,
+    auto: T,
+    set: Option<T>,
+    reason: String,
+) -> (T, Decision) {
+    match set {
+        None => decided(field, auto, reason, Vec::new()),
+        Some(set) => {
+            let rejected = if set == auto {
+                Vec::new()
+            } else {
+                vec![Rejection::new(
+                    auto,
+                    format!("another value was set. {reason}"),
+                )]
+            };
+            decided(field, set, "It was set.".to_owned(), rejected)
+        }
+    }
+}
+
+fn there_are(chunks: u64) -> String {
+    let verb = if chunks == 1 { "is" } else { "are" };
+    format!("there {verb} {}", count(chunks, "chunk"))
+}
+
+fn saturate(number: u64) -> u32 {
+    u32::try_from(number).unwrap_or(u32::MAX)
+}
