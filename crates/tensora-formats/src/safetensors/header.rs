@@ -101,7 +101,7 @@ pub fn parse_safetensors_header(
             needed_bytes,
             damaged: tensors
                 .into_iter()
-                .filter(|(_, raw)| raw.data_offsets.1 > data_bytes)
+                .filter(|(_, raw)| raw.data_offsets.1 > data_bytes.max(raw.data_offsets.0))
                 .map(|(name, _)| name)
                 .collect(),
         });

@@ -1,0 +1,13 @@
+//! What the crate promises to its users, through its public surface only.
+
+// `allow-unwrap-in-tests` does not reach the functions that tests share.
+#![allow(clippy::unwrap_used)]
+
+mod agreement;
+mod fixture;
+mod header_rules;
+mod layouts;
+mod recognition;
+mod scale;
+mod serverlessllm_rules;
+mod shards;

@@ -1,0 +1,449 @@
+//! Each rule about ServerlessLLM checkpoints, broken once, in either dialect.
+
+use std::path::Path;
+
+use tensora_formats::{
+    CheckpointIndex, Dtype, DuplicateNames, Error, Format, Note, OpenOptions, Result,
+    ServerlessLlmIndex, parse_serverlessllm_index,
+};
+
+use crate::fixture::{Directory, assert_refused};
+
+const INDEX: &str = "llama/tensor_index.json";
+
+fn parse(index: &str, partition_bytes: &[u64]) -> Result<ServerlessLlmIndex> {
+    let path = Path::new(INDEX);
+    parse_serverlessllm_index(
+        path,
+        index.as_bytes(),
+        partition_bytes,
+        DuplicateNames::Reject,
+    )
+}
+
+/// Both dialects' entry for a tensor `t` with these first five fields, which are in partition 0.
+fn both(five: &str) -> [String; 2] {
+    [
+        format!(r#"{{"t":[{five}]}}"#),
+        format!(r#"{{"t":[{five},0]}}"#),
+    ]
+}
+
+#[test]
+fn the_store_dialect_counts_through_all_partitions() {
+    let index = parse(
+        r#"{"b":[16,8,[2,2],[2,1],"torch.bfloat16"],
+            "a":[0,10,[10],[1],"torch.uint8"],
+            "tied":[16,8,[4],[1],"torch.float16"],
+            "c":[24,4,[],[],"torch.float32"],
+            "z":[28,0,[0],[1],"torch.int64"]}"#,
+        &[16, 8, 4],
+    )
+    .unwrap();
+    assert_eq!(index.format, Format::ServerlessLlmStore);
+    let tensors: Vec<_> = index
+        .tensors
+        .iter()
+        .map(|t| (t.name.as_str(), t.dtype, t.file, t.offset, t.bytes))
+        .collect();
+    assert_eq!(
+        tensors,
+        [
+            ("a", Dtype::U8, 0, 0, 10),
+            ("b", Dtype::BF16, 1, 0, 8),
+            ("c", Dtype::F32, 2, 0, 4),
+            ("tied", Dtype::F16, 1, 0, 8),
+            ("z", Dtype::I64, 2, 4, 0),
+        ]
+    );
+    assert!(
+        index
+            .tensors
+            .iter()
+            .all(tensora_formats::TensorEntry::is_contiguous)
+    );
+}
+
+#[test]
+fn the_partitioned_dialect_counts_within_a_partition() {
+    let index = parse(
+        r#"{"b":[0,8,[2,2],[2,1],"bf16",1],"a":[4,12,[3],[1],"torch.float32",0]}"#,
+        &[16, 8, 4],
+    )
+    .unwrap();
+    assert_eq!(index.format, Format::ServerlessLlmPartitioned);
+    let tensors: Vec<_> = index
+        .tensors
+        .iter()
+        .map(|t| (t.name.as_str(), t.dtype, t.file, t.offset, t.bytes))
+        .collect();
+    assert_eq!(
+        tensors,
+        [("a", Dtype::F32, 0, 4, 12), ("b", Dtype::BF16, 1, 0, 8)]
+    );
+}
+
+#[test]
+fn opened_from_a_directory() {
+    let directory = Directory::new();
+    directory.write(
+        "tensor_index.json",
+        r#"{"w":[0,24,[2,3],[1,2],"f32",1],"tied":[0,24,[6],[1],"f32",1]}"#,
+    );
+    directory.write("tensor.data_0", [0; 3]);
+    directory.write("tensor.data_1", [0; 24]);
+    directory.write("tensor.data_01", "not a partition");
+    let index = CheckpointIndex::open(directory.path()).unwrap();
+    assert_eq!(index.format(), Format::ServerlessLlmPartitioned);
+    let files: Vec<(&str, u64)> = index
+        .files()
+        .iter()
+        .map(|file| (file.name.as_str(), file.bytes))
+        .collect();
+    assert_eq!(files, [("tensor.data_0", 3), ("tensor.data_1", 24)]);
+    let view = index.tensor("w").unwrap();
+    assert_eq!(view.strides.as_deref(), Some(&[1, 2][..]));
+    assert_eq!((view.is_contiguous(), view.range()), (false, 0..24));
+    assert_eq!(
+        index.notes(),
+        [
+            Note::NotContiguous {
+                tensors: vec!["w".to_owned()]
+            },
+            Note::SharedBytes {
+                tensors: vec!["w".to_owned()]
+            },
+        ]
+    );
+    let notes: Vec<String> = index.notes().iter().map(ToString::to_string).collect();
+    assert!(
+        notes.iter().all(|note| note.contains(r#""w""#)),
+        "{notes:?}"
+    );
+}
+
+#[test]
+fn a_view_keeps_its_storage() {
+    for text in both(r#"0,40,[2,3],[4,1],"torch.float32""#) {
+        let index = parse(&text, &[40]).unwrap();
+        let view = &index.tensors[0];
+        assert_eq!((view.bytes, view.element_count()), (40, 6));
+        assert_eq!(view.strides, Some(vec![4, 1]));
+    }
+}
+
+#[test]
+fn storage_too_small() {
+    for text in both(r#"0,24,[2,3],[4,1],"torch.float32""#) {
+        assert_refused!(
+            parse(&text, &[40]),
+            Error::StorageTooSmall { .. },
+            INDEX,
+            r#"tensor "t""#,
+            "reaches 28 bytes",
+            "has 24 bytes",
+        );
+    }
+}
+
+#[test]
+fn size_mismatch() {
+    for text in both(r#"0,25,[2,3],[3,1],"torch.float32""#) {
+        assert_refused!(
+            parse(&text, &[40]),
+            Error::SizeMismatch { .. },
+            INDEX,
+            r#"tensor "t""#,
+            "F32 [2, 3] takes 24 bytes",
+            "25 are stored",
+        );
+    }
+}
+
+#[test]
+fn shape_overflow() {
+    for text in both(r#"0,8,[4294967296,4294967296],[0,0],"torch.float32""#) {
+        assert_refused!(
+            parse(&text, &[8]),
+            Error::ShapeOverflow { .. },
+            INDEX,
+            r#"tensor "t""#,
+            "4294967296",
+        );
+    }
+}
+
+#[test]
+fn stride_count() {
+    for text in both(r#"0,24,[2,3],[1],"torch.float32""#) {
+        assert_refused!(
+            parse(&text, &[24]),
+            Error::StrideCount { .. },
+            INDEX,
+            r#"tensor "t""#,
+            "2 dimensions but 1 strides",
+        );
+    }
+}
+
+#[test]
+fn unknown_dtype() {
+    for dtype in ["torch.complex32", "F32", "f4", "float32", ""] {
+        for text in both(&format!("0,4,[1],[1],{dtype:?}")) {
+            assert_refused!(
+                parse(&text, &[4]),
+                Error::UnknownDtype { .. },
+                INDEX,
+                r#"tensor "t""#,
+                format!("{dtype:?}"),
+            );
+        }
+    }
+}
+
+#[test]
+fn numbers() {
+    for (field, five) in [
+        ("offset", r#"N,4,[1],[1],"f32""#),
+        ("size", r#"0,N,[1],[1],"f32""#),
+        ("shape", r#"0,4,[N],[1],"f32""#),
+        ("stride", r#"0,4,[1],[N],"f32""#),
+    ] {
+        for text in both(five) {
+            let with = |number: &str| parse(&text.replace('N', number), &[4]);
+            assert_refused!(
+                with("-3"),
+                Error::NegativeNumber { .. },
+                INDEX,
+                r#"tensor "t""#,
+                format!("-3 in {field}"),
+            );
+            assert_refused!(
+                with("0.5"),
+                Error::FractionalNumber { .. },
+                INDEX,
+                r#"tensor "t""#,
+                format!("0.5 in {field}"),
+            );
+            assert_refused!(
+                with("99999999999999999999"),
+                Error::NumberTooLarge { .. },
+                INDEX,
+                r#"tensor "t""#,
+                format!("99999999999999999999 in {field}"),
+            );
+            assert_refused!(
+                with("null"),
+                Error::WrongType { .. },
+                INDEX,
+                r#"tensor "t""#,
+                format!("{field} must be a number, found null"),
+            );
+        }
+    }
+    assert_refused!(
+        parse(r#"{"t":[0,4,[1],[1],"f32",-1]}"#, &[4]),
+        Error::NegativeNumber { .. },
+        "-1 in partition",
+    );
+}
+
+#[test]
+fn wrong_type() {
+    for (field, five) in [
+        ("shape", r#"0,4,1,[1],"f32""#),
+        ("stride", r#"0,4,[1],"1","f32""#),
+        ("dtype", "0,4,[1],[1],6"),
+    ] {
+        for text in both(five) {
+            assert_refused!(
+                parse(&text, &[4]),
+                Error::WrongType { .. },
+                INDEX,
+                r#"tensor "t""#,
+                format!("{field} must be "),
+            );
+        }
+    }
+    assert_refused!(
+        parse(r#"{"t":{"offset":0}}"#, &[4]),
+        Error::WrongType { .. },
+        INDEX,
+        r#"tensor "t""#,
+        "found an object",
+    );
+    assert_refused!(
+        parse("[]", &[]),
+        Error::UnexpectedValue { .. },
+        INDEX,
+        "an array"
+    );
+}
+
+#[test]
+fn field_count() {
+    for (fields, count) in [
+        ("", 0),
+        (r#"0,4,[1],[1]"#, 4),
+        (r#"0,4,[1],[1],"f32",0,0"#, 7),
+    ] {
+        assert_refused!(
+            parse(&format!(r#"{{"t":[{fields}]}}"#), &[4]),
+            Error::FieldCount { .. },
+            INDEX,
+            r#"tensor "t""#,
+            format!("{count} fields"),
+        );
+    }
+}
+
+#[test]
+fn mixed_dialects() {
+    assert_refused!(
+        parse(
+            r#"{"t":[0,4,[1],[1],"f32",0],"u":[0,4,[1],[1],"f32"]}"#,
+            &[4]
+        ),
+        Error::MixedDialects { .. },
+        INDEX,
+        r#""u" has 5"#,
+        r#""t" has 6"#,
+    );
+}
+
+#[test]
+fn duplicate_tensor() {
+    let text = r#"{"t":[0,4,[1],[1],"f32"],"t":[4,4,[1],[1],"i32"]}"#;
+    assert_refused!(
+        parse(text, &[8]),
+        Error::DuplicateTensor { .. },
+        INDEX,
+        r#""t""#
+    );
+    let directory = Directory::new();
+    directory.write("tensor_index.json", text);
+    directory.write("tensor.data_0", [0; 8]);
+    let index = OpenOptions::new()
+        .duplicate_names(DuplicateNames::LastWins)
+        .open(directory.path())
+        .unwrap();
+    assert_eq!(index.tensors().len(), 1);
+    assert_eq!(
+        (index.tensors()[0].dtype, index.tensors()[0].offset),
+        (Dtype::I32, 4)
+    );
+}
+
+#[test]
+fn json() {
+    assert_refused!(
+        parse("{\n\"t\":[}", &[]),
+        Error::Json { .. },
+        INDEX,
+        "line 2"
+    );
+    assert_refused!(parse("\u{feff}{}", &[]), Error::ByteOrderMark { .. }, INDEX);
+    assert_refused!(
+        parse("{}\0", &[]),
+        Error::NulPadding { offset: 2, .. },
+        INDEX
+    );
+}
+
+#[test]
+fn a_gap_in_the_partitions() {
+    let directory = Directory::new();
+    let path = directory.write("tensor_index.json", "{}");
+    for partition in [0, 1, 3] {
+        directory.write(&format!("tensor.data_{partition}"), [0; 8]);
+    }
+    assert_refused!(
+        CheckpointIndex::open(directory.path()),
+        Error::MissingPartition { .. },
+        path.display(),
+        "tensor.data_2 is missing between others",
+    );
+}
+
+#[test]
+fn a_tensor_in_a_missing_partition() {
+    assert_refused!(
+        parse(r#"{"t":[0,4,[1],[1],"f32",2]}"#, &[4, 4]),
+        Error::MissingPartition { .. },
+        INDEX,
+        "tensor.data_2 is missing",
+        r#"tensor "t""#,
+        "2 partitions",
+    );
+    assert_refused!(
+        parse(r#"{"t":[0,4,[1],[1],"f32"]}"#, &[]),
+        Error::MissingPartition { .. },
+        INDEX,
+        "tensor.data_0 is missing",
+        r#"tensor "t""#,
+    );
+}
+
+#[test]
+fn a_tensor_across_partitions() {
+    assert_refused!(
+        parse(r#"{"t":[4,8,[2],[1],"f32"]}"#, &[8, 8]),
+        Error::CrossesPartition { .. },
+        INDEX,
+        r#"tensor "t""#,
+        "bytes 4..12",
+        "tensor.data_0 at 8",
+    );
+}
+
+#[test]
+fn a_lost_tail_names_the_damaged_tensors() {
+    for (text, partition_bytes, needed) in [
+        (
+            r#"{"a":[0,4,[1],[1],"f32"],"c":[16,8,[2],[1],"f32"],"b":[8,8,[2],[1],"f32"]}"#,
+            &[12][..],
+            24,
+        ),
+        (
+            r#"{"a":[0,4,[1],[1],"f32",0],"c":[8,8,[2],[1],"f32",1],"b":[0,8,[2],[1],"f32",1]}"#,
+            &[4, 4][..],
+            16,
+        ),
+    ] {
+        let partition = partition_bytes.len() - 1;
+        let there = partition_bytes[partition];
+        assert_refused!(
+            parse(text, partition_bytes),
+            Error::PartitionTooShort { .. },
+            Path::new(INDEX)
+                .with_file_name(format!("tensor.data_{partition}"))
+                .display(),
+            format!("{there} bytes long"),
+            format!("needs {needed}"),
+            format!("{} bytes missing", needed - there),
+            r#"2 tensors damaged: "b", "c""#,
+        );
+    }
+}
+
+#[test]
+fn a_lost_tail_that_was_only_padding_is_no_damage() {
+    // Five bytes stored in a record of eight.
+    assert!(parse(r#"{"t":[8,5,[5],[1],"u8"]}"#, &[13]).is_ok());
+    assert!(parse(r#"{"t":[8,5,[5],[1],"u8"]}"#, &[12]).is_err());
+}
+
+#[test]
+fn range_overflow() {
+    let offset = u64::MAX - 3;
+    for text in both(&format!(r#"{offset},8,[2],[1],"f32""#)) {
+        assert_refused!(
+            parse(&text, &[8]),
+            Error::RangeOverflow { .. },
+            INDEX,
+            r#"tensor "t""#,
+            offset,
+            "overflows",
+        );
+    }
+}
