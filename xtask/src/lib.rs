@@ -6,7 +6,10 @@
     reason = "these are commands: results go to standard output, progress to standard error"
 )]
 
+pub mod bench;
+pub mod demo;
 pub mod features;
 pub mod fixtures;
 pub mod presets;
+pub mod programs;
 pub mod tidy;

@@ -8,6 +8,8 @@ use anyhow::Result;
 use clap::builder::PossibleValuesParser;
 use clap::{Args, Parser};
 use tensora_formats::Format;
+use xtask::bench::BenchArguments;
+use xtask::demo::DemoArguments;
 use xtask::fixtures::{self, Data, Existing};
 use xtask::presets::{self, PRESETS, Preset};
 
@@ -18,6 +20,10 @@ enum Chore {
     GenFixtures(GenFixtures),
     /// Remove generated checkpoints
     CleanFixtures(CleanFixtures),
+    /// Generate a checkpoint, load it every way, and explain the automatic choice
+    Demo(DemoArguments),
+    /// Measure loads against hand-written reads and write the run down
+    Bench(BenchArguments),
     /// Check the repository's invariants
     Tidy,
     /// Check that every combination of cargo features compiles without warnings
@@ -109,6 +115,8 @@ fn main() -> Result<()> {
     match Chore::parse() {
         Chore::GenFixtures(arguments) => arguments.run(),
         Chore::CleanFixtures(arguments) => arguments.run(),
+        Chore::Demo(arguments) => arguments.run(),
+        Chore::Bench(arguments) => arguments.run(),
         Chore::Tidy => xtask::tidy::run(),
         Chore::Features => xtask::features::run(),
     }

@@ -7,9 +7,11 @@
 //!
 //! This crate sees files, byte ranges and destinations, and knows nothing of what the bytes mean.
 #![cfg_attr(doctest, doc = include_str!("../README.md"))]
+#![deny(unsafe_code)]
 
 mod backend;
 mod control;
+#[allow(unsafe_code)]
 mod destination;
 // Parts of these serve single backends; only a full build on Linux uses all of them.
 #[cfg_attr(
@@ -27,14 +29,18 @@ mod direct;
 mod error;
 mod file;
 #[cfg(feature = "mmap")]
+#[allow(unsafe_code)]
 mod mapping;
+#[allow(unsafe_code)]
 mod memory;
 #[cfg(all(feature = "mmap", target_os = "linux", not(tensora_portable)))]
+#[allow(unsafe_code)]
 mod mmap;
 mod offload;
 mod placement;
 mod platform;
 #[cfg(any(feature = "sync", feature = "async"))]
+#[allow(unsafe_code)]
 mod positioned;
 mod probe;
 mod residency;
@@ -42,6 +48,7 @@ mod storage;
 #[cfg(feature = "sync")]
 mod sync;
 #[cfg(feature = "async")]
+#[allow(unsafe_code)]
 mod tokio_backend;
 #[cfg(any(
     feature = "sync",
@@ -63,12 +70,13 @@ mod tokio_backend;
     )),
     allow(dead_code)
 )]
+#[allow(unsafe_code)]
 mod transfer;
 #[cfg(all(feature = "io-uring", target_os = "linux", not(tensora_portable)))]
+#[allow(unsafe_code)]
 mod uring;
 #[cfg(any(
     feature = "sync",
-    feature = "async",
     all(
         any(feature = "io-uring", feature = "mmap"),
         target_os = "linux",

@@ -1,6 +1,6 @@
 //! Finding out what this machine can do: by trying it, and by reading what the kernel tells.
 
-use crate::{Availability, BackendFact, BackendKind, Error, Platform, Result};
+use crate::{Availability, BackendFact, BackendKind, Error, Platform};
 
 #[cfg(all(target_os = "linux", not(tensora_portable)))]
 mod cgroup;
@@ -60,8 +60,8 @@ impl Platform {
 }
 
 fn availability(kind: BackendKind) -> Availability {
-    match try_backend(kind) {
-        Ok(()) => Availability::Available,
+    match crate::backend(kind) {
+        Ok(_) => Availability::Available,
         Err(Error::BackendUnavailable { reason, remedy, .. }) => {
             Availability::Unavailable { reason, remedy }
         }
@@ -70,14 +70,6 @@ fn availability(kind: BackendKind) -> Availability {
             remedy: USE_ANOTHER.to_owned(),
         },
     }
-}
-
-fn try_backend(kind: BackendKind) -> Result<()> {
-    #[cfg(all(target_os = "linux", not(tensora_portable), feature = "io-uring"))]
-    if kind == BackendKind::IoUring {
-        return try_ring();
-    }
-    crate::backend(kind).map(drop)
 }
 
 /// The remedy that is left when nothing can be changed.

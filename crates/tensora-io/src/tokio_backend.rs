@@ -5,7 +5,6 @@ use tokio::sync::Semaphore;
 use tokio::task::{JoinError, JoinSet};
 
 use crate::transfer::Transfer;
-use crate::workers::thread_error;
 use crate::{
     Backend, BackendKind, Control, Error, ReadRequest, ReadStats, Result, TransferParams,
     positioned,
@@ -45,7 +44,7 @@ impl Backend for AsyncBackend {
                 let driver = std::thread::Builder::new()
                     .name("tensora-async".to_owned())
                     .spawn_scoped(scope, || drive(&transfer, params.workers))
-                    .map_err(|source| thread_error(self.kind(), source))?;
+                    .map_err(|source| Error::Thread { source })?;
                 driver
                     .join()
                     .unwrap_or_else(|panic| std::panic::resume_unwind(panic))

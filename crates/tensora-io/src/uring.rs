@@ -32,9 +32,9 @@ impl IoUringBackend {
     ///
     /// # Errors
     ///
-    /// [`Error::BackendUnavailable`], with the reason and what to do, when no ring can be made here.
+    /// [`Error::BackendUnavailable`], with the reason and what to do, when no ring can be made or used here.
     pub fn new() -> Result<Self> {
-        make_ring(1)?;
+        probe::try_ring()?;
         Ok(Self(()))
     }
 }

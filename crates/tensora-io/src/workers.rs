@@ -1,7 +1,5 @@
 //! Running the workers of a batch.
 
-use std::io;
-
 use crate::transfer::Transfer;
 use crate::{BackendKind, Error};
 
@@ -27,7 +25,7 @@ pub(crate) fn run(
             match builder.spawn_scoped(scope, guarded) {
                 Ok(thread) => threads.push(thread),
                 Err(source) => {
-                    transfer.fail(thread_error(kind, source));
+                    transfer.fail(Error::Thread { source });
                     break;
                 }
             }
@@ -41,12 +39,4 @@ pub(crate) fn run(
             }
         }
     });
-}
-
-pub(crate) fn thread_error(kind: BackendKind, source: io::Error) -> Error {
-    Error::Backend {
-        backend: kind,
-        operation: "start a thread",
-        source,
-    }
 }

@@ -1,0 +1,99 @@
+//! The state of the page cache, made and verified.
+
+use std::fmt;
+use std::io::Read;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail};
+use serde::Serialize;
+use tensora::io::{Region, SourceFile};
+
+/// What the page cache holds of a checkpoint when a case starts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum CacheState {
+    /// Nothing.
+    Cold,
+    /// All of it.
+    Warm,
+}
+
+impl fmt::Display for CacheState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Cold => "cold",
+            Self::Warm => "warm",
+        })
+    }
+}
+
+/// Of a cold file, no more than this may be resident: one part in a thousand.
+const COLD_SHARE: u64 = 1000;
+/// How often an eviction is tried. Pages that are being written back cannot be evicted.
+const EVICTION_TRIES: u32 = 5;
+
+/// Makes the state and checks that it is there.
+///
+/// # Errors
+///
+/// When a file cannot be evicted or kept, or the system does not tell what is resident.
+pub fn prepare(files: &[PathBuf], state: CacheState) -> Result<()> {
+    for path in files {
+        let file = SourceFile::open(path)?;
+        match state {
+            CacheState::Cold => evict(&file)?,
+            CacheState::Warm => warm(&file)?,
+        }
+    }
+    Ok(())
+}
+
+fn evict(file: &SourceFile) -> Result<()> {
+    for _ in 0..EVICTION_TRIES {
+        file.evict()?;
+        let resident = resident(file)?;
+        if resident <= file.len() / COLD_SHARE {
+            return Ok(());
+        }
+        // Dirty pages stay: have them written, then try again.
+        std::fs::File::open(file.path())?.sync_all()?;
+    }
+    bail!(
+        "{} cannot be evicted from the page cache, so nothing can be said about cold loads here",
+        file.path().display()
+    );
+}
+
+fn warm(file: &SourceFile) -> Result<()> {
+    if resident(file)? == file.len() {
+        return Ok(());
+    }
+    let mut reader = std::fs::File::open(file.path())?;
+    let mut buffer = vec![0; 4 << 20];
+    while reader.read(&mut buffer)? > 0 {}
+    let resident = resident(file)?;
+    if resident < file.len() {
+        bail!(
+            "{} does not stay in the page cache ({resident} of {} bytes): is there enough memory?",
+            file.path().display(),
+            file.len()
+        );
+    }
+    Ok(())
+}
+
+fn resident(file: &SourceFile) -> Result<u64> {
+    file.resident_bytes(0..file.len())
+        .context("this system does not tell what is in the page cache")
+}
+
+/// Touches as much memory as a case will need and gives it back.
+pub(crate) fn prime_memory(bytes: u64) -> Result<()> {
+    let mut region = Region::allocate(usize::try_from(bytes)?)?;
+    region
+        .as_mut_slice()
+        .chunks_mut(4096)
+        .for_each(|page| page[0] = 1);
+    std::hint::black_box(region.as_slice());
+    Ok(())
+}
