@@ -751,3 +751,130 @@ fn scratch_segments(ragged: Vec<Piece>, align: u64, scattered: &mut Vec<Piece>) 
     }
     segments
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Pieces of one file over a made-up address space; addresses are only compared, never used.
+    fn pieces() -> impl Strategy<Value = Vec<Piece>> {
+        let piece = (0_u64..3 << 20, 1_u64..700_000, any::<bool>(), 0_usize..5000);
+        prop::collection::vec(piece, 1..40).prop_map(|list| {
+            let mut next_address = 1 << 30;
+            let mut pieces: Vec<_> = list
+                .into_iter()
+                .map(|(offset, len, congruent, skew)| {
+                    let base = next_address;
+                    next_address += 1 << 20;
+                    #[allow(clippy::cast_possible_truncation)]
+                    let skew = if congruent {
+                        (offset % 4096) as usize
+                    } else {
+                        skew
+                    };
+                    Piece {
+                        file: 0,
+                        offset,
+                        len,
+                        memory: Address(std::ptr::without_provenance_mut(base + skew)),
+                    }
+                })
+                .collect();
+            pieces.sort_by_key(|piece| piece.offset);
+            pieces
+        })
+    }
+
+    fn direct_file(align: u32) -> DirectFile {
+        DirectFile {
+            file: tempfile::tempfile().unwrap(),
+            offset_align_bytes: align,
+            memory_align_bytes: align,
+        }
+    }
+
+    proptest! {
+        /// Every byte of every piece is delivered exactly once, to its own address, by reads that are
+        /// aligned and, where they go through scratch, fit it.
+        #[test]
+        fn direct_reads_are_aligned_and_deliver_each_byte_once(
+            pieces in pieces(),
+            align in prop::sample::select(vec![512_u32, 4096, 65536]),
+        ) {
+            let mut scattered = Vec::new();
+            let segments = direct_segments(&pieces, &direct_file(align), &mut scattered);
+            let align = u64::from(align);
+            // (file offset − address) identifies the piece that a delivered run belongs to.
+            let mut delivered: Vec<(usize, u64, u64)> = Vec::new();
+            for segment in &segments {
+                prop_assert!(segment.direct);
+                prop_assert_eq!(segment.offset % align, 0);
+                prop_assert_eq!(segment.len % align, 0);
+                match &segment.place {
+                    Place::InPlace(memory) => {
+                        prop_assert_eq!(memory.0.addr() as u64 % align, 0);
+                        delivered.push((memory.0.addr(), segment.offset, segment.len));
+                    }
+                    Place::Scratch(range) => {
+                        prop_assert!(segment.len <= SCRATCH_BYTES + 2 * SCRATCH_ALIGN_BYTES as u64);
+                        for piece in &scattered[range.clone()] {
+                            prop_assert!(piece.offset >= segment.offset);
+                            prop_assert!(piece.end() <= segment.offset + segment.len);
+                            delivered.push((piece.memory.0.addr(), piece.offset, piece.len));
+                        }
+                    }
+                }
+            }
+            delivered.sort_unstable();
+            let mut delivered = delivered.into_iter().peekable();
+            let mut wanted = pieces.clone();
+            wanted.sort_by_key(|piece| piece.memory.0.addr());
+            for piece in wanted {
+                let (mut address, mut offset) = (piece.memory.0.addr(), piece.offset);
+                while offset < piece.end() {
+                    let (at, from, len) = delivered.next().unwrap();
+                    prop_assert_eq!((at, from), (address, offset));
+                    #[allow(clippy::cast_possible_truncation)]
+                    { address += len as usize; }
+                    offset += len;
+                }
+                prop_assert_eq!(offset, piece.end());
+            }
+            prop_assert!(delivered.peek().is_none());
+        }
+
+        /// What suits direct I/O is read in place but for less than a block at either end.
+        #[test]
+        fn what_suits_direct_reads_is_not_copied(pieces in pieces()) {
+            let suits = |piece: &Piece| piece.memory.0.addr() as u64 % 4096 == piece.offset % 4096;
+            let pieces: Vec<_> = pieces.into_iter().filter(suits).collect();
+            let mut scattered = Vec::new();
+            direct_segments(&pieces, &direct_file(4096), &mut scattered);
+            let copied: u64 = scattered.iter().map(|piece| piece.len).sum();
+            prop_assert!(copied < 2 * 4096 * pieces.len().max(1) as u64);
+        }
+    }
+
+    #[test]
+    fn only_neighbours_in_file_and_memory_merge() {
+        let piece = |file, offset, address: usize| Piece {
+            file,
+            offset,
+            len: 10,
+            memory: Address(std::ptr::without_provenance_mut(address)),
+        };
+        let merged = merge(vec![
+            piece(0, 0, 100),
+            piece(0, 10, 110),
+            piece(0, 20, 200),
+            piece(1, 30, 210),
+        ]);
+        let shape: Vec<_> = merged
+            .iter()
+            .map(|piece| (piece.file, piece.offset, piece.len))
+            .collect();
+        assert_eq!(shape, [(0, 0, 20), (0, 20, 10), (1, 30, 10)]);
+    }
+}
