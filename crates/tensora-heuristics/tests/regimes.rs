@@ -180,6 +180,30 @@ fn asking_for_direct_reads_goes_past_the_page_cache() {
 }
 
 #[test]
+fn asking_for_direct_reads_rules_out_mapping_only_where_they_work() {
+    for (direct, memory) in [
+        (
+            on_tmpfs().storage.expect("probed").direct,
+            MemoryKind::Owned,
+        ),
+        (
+            DirectSupport::Unsupported {
+                reason: "EINVAL".to_owned(),
+            },
+            MemoryKind::Mapped,
+        ),
+    ] {
+        let mut platform = on_tmpfs();
+        platform.storage.as_mut().expect("probed").direct = direct;
+        let plan = with(&one_shard(), &platform, |policy| {
+            policy.mapping = MappingConsent::Granted;
+            policy.direct = DirectChoice::Policy(DirectPolicy::Preferred);
+        });
+        assert_eq!(plan.memory, memory);
+    }
+}
+
+#[test]
 fn preferred_without_support_is_planned_as_buffered() {
     let unsupported = stored(|storage| {
         storage.direct = DirectSupport::Unsupported {
@@ -330,6 +354,12 @@ fn no_more_workers_or_depth_than_there_are_chunks() {
     many_cpus.cpus = 32;
     let three = auto(&whole(SafeTensors, 1, 11 * MIB), &many_cpus);
     assert_eq!(three.params.workers, 3);
+    // Twelve requests are twelve reads, although their bytes would fill ten chunks.
+    let short = auto(&ranges(ServerlessLlm, 8, 12, 12 * 100_000), &many_cpus);
+    assert_eq!(
+        (short.params.chunk_bytes, short.params.workers),
+        (128 << 10, 12)
+    );
     let nothing = auto(&whole(SafeTensors, 1, 0), &many_cpus);
     assert_eq!(nothing.params.workers, 1);
     let rings = with(&whole(SafeTensors, 1, 6 * MIB), &platform(2), |policy| {

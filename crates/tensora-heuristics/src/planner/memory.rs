@@ -120,7 +120,9 @@ impl Case<'_> {
                     .to_owned(),
             );
         }
-        if self.policy.direct == DirectChoice::Policy(DirectPolicy::Preferred) {
+        if self.policy.direct == DirectChoice::Policy(DirectPolicy::Preferred)
+            && self.supports_direct().is_ok()
+        {
             return Err("direct I/O was asked for, and a mapping is the page cache".to_owned());
         }
         match self.place {
