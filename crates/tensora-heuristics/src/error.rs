@@ -135,6 +135,8 @@ pub enum MemoryBound {
     Machine,
     /// What the control group leaves.
     ControlGroup,
+    /// What the limits of the process on address space and data leave.
+    ProcessLimit,
     /// [`Policy::memory_limit_bytes`](crate::Policy::memory_limit_bytes).
     Limit,
 }
@@ -144,6 +146,7 @@ impl MemoryBound {
         match self {
             Self::Machine => "free memory on the machine",
             Self::ControlGroup => "raise the control group's memory limit",
+            Self::ProcessLimit => "raise the limits of the process (`ulimit -v`, `ulimit -d`)",
             Self::Limit => "raise the memory limit",
         }
     }
@@ -154,6 +157,7 @@ impl fmt::Display for MemoryBound {
         f.pad(match self {
             Self::Machine => "the machine",
             Self::ControlGroup => "the control group",
+            Self::ProcessLimit => "the address-space or data limit of the process",
             Self::Limit => "the memory limit that was set",
         })
     }

@@ -272,6 +272,22 @@ fn more_than_the_control_group_leaves() {
 }
 
 #[test]
+fn more_than_the_process_may_have() {
+    let mut small = platform(2);
+    small.memory.rlimit_available_bytes = Some(GIB);
+    let error = refused(
+        &one_shard(),
+        &small,
+        |_| {},
+        "the load needs 1.43 GiB (1536819200 bytes) of memory, but the address-space or data \
+         limit of the process leaves 1 GiB (1073741824 bytes); load fewer tensors at a time, \
+         about 992 MiB of them, or raise the limits of the process (`ulimit -v`, `ulimit -d`), \
+         or map the tensors instead: consent to the contract of mappings",
+    );
+    assert_eq!(shortage(&error).2, MemoryBound::ProcessLimit);
+}
+
+#[test]
 fn more_than_the_limit_that_was_set() {
     let error = refused(
         &one_shard(),

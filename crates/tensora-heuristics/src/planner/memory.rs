@@ -169,6 +169,7 @@ impl Case<'_> {
         let usable = self.platform.memory.usable_bytes().map(|(bytes, source)| {
             let bound = match source {
                 "cgroup" => MemoryBound::ControlGroup,
+                "rlimit" => MemoryBound::ProcessLimit,
                 _ => MemoryBound::Machine,
             };
             (bytes, bound)
