@@ -66,6 +66,30 @@ impl Checkpoint {
         self.tensors.is_empty()
     }
 
+    /// The content digest of the loaded tensors: the same for the same tensors, whatever the format, the
+    /// sharding and the backend. Its definition stands in `docs/FORMATS.md`.
+    ///
+    /// # Errors
+    ///
+    /// When a strided tensor's bytes cannot be gathered.
+    #[cfg(feature = "convert")]
+    pub fn digest(&self) -> Result<tensora_convert::Digest> {
+        let threads =
+            std::thread::available_parallelism().unwrap_or(std::num::NonZero::<usize>::MIN);
+        let stored = self.tensors.iter().filter_map(|tensor| {
+            let entry = self.index.tensor(tensor.name())?;
+            Some(tensora_convert::StoredTensor {
+                name: &entry.name,
+                dtype: entry.dtype,
+                shape: &entry.shape,
+                strides: entry.strides.as_deref(),
+                bytes: tensor.bytes(),
+            })
+        });
+        let digest = tensora_convert::content_digest(stored, threads, &tensora_io::Control::new())?;
+        Ok(digest)
+    }
+
     /// The metadata of the whole checkpoint, also of tensors that were not selected.
     pub fn index(&self) -> &CheckpointIndex {
         &self.index

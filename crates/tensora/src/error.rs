@@ -16,6 +16,11 @@ pub enum Error {
     #[error(transparent)]
     Io(#[from] tensora_io::Error),
 
+    /// A digest or a conversion failed.
+    #[cfg(feature = "convert")]
+    #[error(transparent)]
+    Convert(#[from] tensora_convert::Error),
+
     /// Reading failed at a place where a tensor is stored.
     #[error("loading tensor {tensor:?} failed: {source}")]
     Tensor {

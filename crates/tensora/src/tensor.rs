@@ -4,6 +4,8 @@ use std::sync::Arc;
 use bytes::Bytes;
 use tensora_formats::{Dtype, TensorEntry};
 
+use crate::Result;
+
 /// A loaded tensor: a view of shared memory with dtype and shape.
 ///
 /// Cloning copies no data. The memory lives as long as any tensor, or any [`Bytes`] taken from one, that
@@ -68,34 +70,64 @@ impl Tensor {
 
     /// The elements in row-major order: the bytes themselves where they are contiguous, a gathered copy
     /// for a strided view.
-    pub fn to_contiguous(&self) -> Bytes {
+    ///
+    /// # Errors
+    ///
+    /// When there is no memory for the copy: a stride of 0 lets few stored bytes describe any
+    /// number of elements.
+    pub fn to_contiguous(&self) -> Result<Bytes> {
         match &self.entry.strides {
-            None => self.data.clone(),
-            Some(strides) => Bytes::from(gather(
+            None => Ok(self.data.clone()),
+            Some(strides) => gather(
                 &self.data,
                 &self.entry.shape,
                 strides,
                 self.entry.dtype.bits() as usize / 8,
-            )),
+            )
+            .map(Bytes::from),
         }
     }
 
-    /// Number of bytes of the elements, in row-major order.
+    /// Number of bytes of the elements in row-major order.
     pub fn contiguous_bytes(&self) -> usize {
         match self.entry.strides {
             None => self.data.len(),
             Some(_) => {
-                self.entry.shape.iter().product::<usize>() * self.entry.dtype.bits() as usize / 8
+                let item_bytes = self.entry.dtype.bits() as usize / 8;
+                element_count(&self.entry.shape).saturating_mul(item_bytes)
             }
         }
     }
 }
 
+/// Saturates where the product is more than any memory holds.
+fn element_count(shape: &[usize]) -> usize {
+    if shape.contains(&0) {
+        return 0;
+    }
+    shape
+        .iter()
+        .fold(1, |count, &dimension| count.saturating_mul(dimension))
+}
+
 /// Copies a strided view into row-major order. Its extent was checked against the storage when the
 /// metadata was read.
-fn gather(storage: &[u8], shape: &[usize], strides: &[usize], item_bytes: usize) -> Vec<u8> {
-    let count: usize = shape.iter().product();
-    let mut gathered = Vec::with_capacity(count * item_bytes);
+fn gather(
+    storage: &[u8],
+    shape: &[usize],
+    strides: &[usize],
+    item_bytes: usize,
+) -> Result<Vec<u8>> {
+    let count = element_count(shape);
+    let bytes = count.saturating_mul(item_bytes);
+    let mut gathered = Vec::new();
+    gathered
+        .try_reserve_exact(bytes)
+        .map_err(|_| tensora_io::Error::Memory {
+            bytes: bytes as u64,
+            purpose: "a strided tensor in row-major order",
+            source: std::io::ErrorKind::OutOfMemory.into(),
+        })?;
     let mut position = vec![0_usize; shape.len()];
     for _ in 0..count {
         let element: usize = position
@@ -112,7 +144,7 @@ fn gather(storage: &[u8], shape: &[usize], strides: &[usize], item_bytes: usize)
             position[dimension] = 0;
         }
     }
-    gathered
+    Ok(gathered)
 }
 
 fn to_usize(dimensions: &[u64]) -> Vec<usize> {
@@ -134,6 +166,11 @@ impl fmt::Debug for Tensor {
 }
 
 /// Tensors can be handed straight to the `safetensors` crate; a clone is a cheap one.
+///
+/// # Panics
+///
+/// `data` panics where [`Tensor::to_contiguous`] is an error, because the trait knows no errors: for a strided
+/// view, when there is no memory for the copy.
 #[cfg(feature = "safetensors")]
 impl safetensors::View for Tensor {
     fn dtype(&self) -> safetensors::Dtype {
@@ -148,7 +185,10 @@ impl safetensors::View for Tensor {
         if self.is_contiguous() {
             std::borrow::Cow::Borrowed(&self.data)
         } else {
-            std::borrow::Cow::Owned(self.to_contiguous().into())
+            match self.to_contiguous() {
+                Ok(bytes) => std::borrow::Cow::Owned(bytes.into()),
+                Err(error) => panic!("{error}"),
+            }
         }
     }
 
@@ -206,15 +246,16 @@ mod tests {
     fn gathers_what_strides_address() {
         let storage: Vec<u8> = (0..24).collect();
         // A transposed 3 × 4 matrix of two-byte elements.
-        let gathered = gather(&storage, &[4, 3], &[1, 4], 2);
+        let gathered = gather(&storage, &[4, 3], &[1, 4], 2).unwrap();
         let expected: Vec<u8> = (0..4_u8)
             .flat_map(|column| {
                 (0..3_u8).flat_map(move |row| [8 * row + 2 * column, 8 * row + 2 * column + 1])
             })
             .collect();
         assert_eq!(gathered, expected);
-        assert_eq!(gather(&storage, &[], &[], 2), [0, 1]);
-        assert!(gather(&storage, &[3, 0], &[1, 1], 2).is_empty());
-        assert_eq!(gather(&storage, &[3], &[0], 1), [0, 0, 0]);
+        assert_eq!(gather(&storage, &[], &[], 2).unwrap(), [0, 1]);
+        assert!(gather(&storage, &[3, 0], &[1, 1], 2).unwrap().is_empty());
+        assert_eq!(gather(&storage, &[3], &[0], 1).unwrap(), [0, 0, 0]);
+        assert!(gather(&storage, &[1 << 60], &[0], 8).is_err());
     }
 }
