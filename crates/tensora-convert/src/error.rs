@@ -1,4 +1,8 @@
-use tensora_formats::Dtype;
+use std::fmt;
+use std::io;
+use std::path::PathBuf;
+
+use tensora_formats::{Dtype, Format};
 
 /// A `Result` whose error is this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -63,6 +67,122 @@ pub enum Error {
         dtype: Dtype,
     },
 
+    // --- What was asked for ----------------------------------------------------------------
+    /// Conversion from one format to the other is not supported.
+    #[error(
+        "conversion from {from} to {to} is not supported; supported: from safetensors to serverlessllm-store or serverlessllm-partitioned"
+    )]
+    UnsupportedDirection {
+        /// The format of the source.
+        from: Format,
+        /// The format asked for.
+        to: Format,
+    },
+    /// An option was set that has no meaning for the target format.
+    #[error("{option} has no meaning for {target}; {instead}")]
+    OptionNotForTarget {
+        /// The option.
+        option: &'static str,
+        /// The target format.
+        target: Format,
+        /// What to do instead.
+        instead: &'static str,
+    },
+    /// The memory limit is too low to work with.
+    #[error("a memory limit of {limit_bytes} bytes is too low; allow at least {min_bytes}")]
+    MemoryLimit {
+        /// The limit given, in bytes.
+        limit_bytes: u64,
+        /// The lowest limit allowed, in bytes.
+        min_bytes: u64,
+    },
+    /// The target format cannot hold the checkpoint.
+    #[error(transparent)]
+    Layout(tensora_formats::Error),
+
+    // --- The source ------------------------------------------------------------------------
+    /// The source could not be read.
+    #[error(transparent)]
+    Read(tensora_io::Error),
+    /// A source file does not have the length any more that it had when it was opened.
+    #[error("{}: {expected_bytes} bytes long when the checkpoint was opened, {actual_bytes} now; let its writer finish, then convert again", path.display())]
+    SourceChanged {
+        /// The source file.
+        path: PathBuf,
+        /// Its length according to the index, in bytes.
+        expected_bytes: u64,
+        /// Its length now, in bytes.
+        actual_bytes: u64,
+    },
+
+    // --- The target ------------------------------------------------------------------------
+    /// The target, or something on the way to it, is no directory.
+    #[error("{}: is not a directory; name a directory that the converted checkpoint can be written to", path.display())]
+    NotADirectory {
+        /// What is no directory.
+        path: PathBuf,
+    },
+    /// The target directory is the one that the source is in.
+    #[error("{}: is the directory of the source; write the converted checkpoint to another one", path.display())]
+    TargetIsSource {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// The target directory holds a checkpoint, and replacing it was not allowed.
+    #[error("{}: holds a checkpoint already ({}); choose another directory, or allow it to be replaced", path.display(), files.join(", "))]
+    TargetOccupied {
+        /// The directory.
+        path: PathBuf,
+        /// The first files found there, sorted.
+        files: Vec<String>,
+    },
+    /// The target directory holds a checkpoint of another kind, which is never replaced.
+    #[error("{}: holds another kind of checkpoint ({}); two in one directory could not be told apart: choose another directory", path.display(), files.join(", "))]
+    OtherCheckpoint {
+        /// The directory.
+        path: PathBuf,
+        /// The first files found there, sorted.
+        files: Vec<String>,
+    },
+    /// A temporary file of another conversion is in the target directory.
+    #[error("{}: temporary file of another conversion; if none is running, one was killed and left it behind: remove it and convert again", path.display())]
+    LeftOver {
+        /// The temporary file.
+        path: PathBuf,
+    },
+    /// The file system of the target does not have enough free space.
+    #[error("{}: the converted checkpoint takes {needed_bytes} bytes, but only {free_bytes} are free; free {} more, or choose another file system", path.display(), needed_bytes.saturating_sub(*free_bytes))]
+    NotEnoughSpace {
+        /// The target directory.
+        path: PathBuf,
+        /// What the target's files take, in bytes.
+        needed_bytes: u64,
+        /// What the file system has free for this user, in bytes.
+        free_bytes: u64,
+    },
+    /// The file system of the target became full, or a quota was reached.
+    #[error("{}: no space left with {needed_bytes} bytes still to be written{}; what was written has been removed: free space, then convert again", path.display(), Free(*free_bytes))]
+    DiskFull {
+        /// The file that could not be written.
+        path: PathBuf,
+        /// What remained to be written of the whole checkpoint, in bytes.
+        needed_bytes: u64,
+        /// What the file system had free for this user, in bytes, where it says so.
+        free_bytes: Option<u64>,
+        /// The operating system's answer.
+        source: io::Error,
+    },
+    /// The operating system refused an operation on the target.
+    #[error("{}: could not {operation}: {source}", path.display())]
+    Target {
+        /// What was being done, as a verb: `create`, `write`, `rename`.
+        operation: &'static str,
+        /// The file or directory.
+        path: PathBuf,
+        /// The operating system's answer.
+        source: io::Error,
+    },
+
     // --- Resources -------------------------------------------------------------------------
     /// Memory could not be had.
     #[error("no memory for {bytes} bytes of {purpose}")]
@@ -72,12 +192,41 @@ pub enum Error {
         /// What they were for.
         purpose: &'static str,
     },
-    /// The caller's cancellation token was set.
+    /// The system refused another thread.
+    #[error(
+        "starting the writer thread failed: {source}; raise the limit on processes (ulimit -u)"
+    )]
+    Thread {
+        /// The operating system's answer.
+        source: io::Error,
+    },
+    /// The caller's cancellation token was set. Nothing of a conversion is left behind.
     #[error("cancelled")]
     Cancelled,
 }
 
+/// How much is free, where that is known.
+struct Free(Option<u64>);
+
+impl fmt::Display for Free {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            Some(bytes) => write!(f, " ({bytes} free)"),
+            None => Ok(()),
+        }
+    }
+}
+
 impl Error {
+    /// What a backend reports while it reads the source.
+    pub(crate) fn reading(error: tensora_io::Error) -> Self {
+        if error.is_cancelled() {
+            Self::Cancelled
+        } else {
+            Self::Read(error)
+        }
+    }
+
     /// Whether the caller's own cancellation is the reason.
     pub fn is_cancelled(&self) -> bool {
         matches!(self, Self::Cancelled)
