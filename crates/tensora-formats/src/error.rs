@@ -1,6 +1,6 @@
-use std::fmt;
+use std::fmt::{self, Write as _};
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::{Dtype, Format};
 
@@ -17,7 +17,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 pub enum Error {
     // --- Paths and files -------------------------------------------------------------------
     /// The operating system refused an operation.
-    #[error("{}: could not {operation}: {source}", path.display())]
+    #[error("{}: could not {operation}: {source}", Shown(path))]
     Io {
         /// What was being accessed.
         path: PathBuf,
@@ -27,13 +27,20 @@ pub enum Error {
         source: io::Error,
     },
     /// The path does not exist.
-    #[error("{}: no such file or directory; give a local path to a checkpoint file or directory", path.display())]
+    #[error(
+        "{}: no such file or directory; give a local path to a checkpoint file or directory",
+        Shown(path)
+    )]
     NotFound {
         /// The path as given.
         path: PathBuf,
     },
     /// A symbolic link points to nothing, as an interrupted Hugging Face download leaves it.
-    #[error("{}: symbolic link to {}, which does not exist; this is what an interrupted download leaves behind: download the file again", path.display(), target.display())]
+    #[error(
+        "{}: symbolic link to {}, which does not exist; this is what an interrupted download leaves behind: download the file again",
+        Shown(path),
+        Shown(target)
+    )]
     DanglingSymlink {
         /// The link.
         path: PathBuf,
@@ -41,7 +48,7 @@ pub enum Error {
         target: PathBuf,
     },
     /// The path is a directory, a pipe, a socket or a device where a file is needed.
-    #[error("{}: is {kind}; a regular file is needed", path.display())]
+    #[error("{}: is {kind}; a regular file is needed", Shown(path))]
     NotARegularFile {
         /// The path.
         path: PathBuf,
@@ -49,7 +56,7 @@ pub enum Error {
         kind: &'static str,
     },
     /// The file is the small text that Git leaves in place of a large file.
-    #[error("{}: is a Git LFS pointer, a short text that stands in for {}; run `git lfs pull` in the repository to fetch the data", path.display(), PointedBytes(*bytes))]
+    #[error("{}: is a Git LFS pointer, a short text that stands in for {}; run `git lfs pull` in the repository to fetch the data", Shown(path), PointedBytes(*bytes))]
     GitLfsPointer {
         /// The pointer file.
         path: PathBuf,
@@ -57,7 +64,10 @@ pub enum Error {
         bytes: Option<u64>,
     },
     /// The file's first bytes are those of another format.
-    #[error("{}: is {kind}, which Tensora does not read; it reads SafeTensors and ServerlessLLM checkpoints: convert the file, or download the repository's .safetensors files", path.display())]
+    #[error(
+        "{}: is {kind}, which Tensora does not read; it reads SafeTensors and ServerlessLLM checkpoints: convert the file, or download the repository's .safetensors files",
+        Shown(path)
+    )]
     ForeignFile {
         /// The file.
         path: PathBuf,
@@ -65,7 +75,11 @@ pub enum Error {
         kind: &'static str,
     },
     /// A directory holds nothing that Tensora recognises.
-    #[error("{}: no checkpoint here: looked for *.safetensors.index.json, *.safetensors, tensor_index.json, rank_N/tensor_index.json and a Hugging Face cache's snapshots/; {}", path.display(), FoundInstead(found))]
+    #[error(
+        "{}: no checkpoint here: looked for *.safetensors.index.json, *.safetensors, tensor_index.json, rank_N/tensor_index.json and a Hugging Face cache's snapshots/; {}",
+        Shown(path),
+        FoundInstead(found)
+    )]
     NoCheckpoint {
         /// The directory.
         path: PathBuf,
@@ -73,7 +87,11 @@ pub enum Error {
         found: Vec<String>,
     },
     /// A directory holds several SafeTensors indexes and none has the default name.
-    #[error("{}: several indexes ({}); give the path of the one you want", path.display(), FirstOf(indexes))]
+    #[error(
+        "{}: several indexes ({}); give the path of the one you want",
+        Shown(path),
+        FirstOf(indexes)
+    )]
     SeveralIndexes {
         /// The directory.
         path: PathBuf,
@@ -81,13 +99,16 @@ pub enum Error {
         indexes: Vec<String>,
     },
     /// A directory holds both a SafeTensors and a ServerlessLLM checkpoint.
-    #[error("{}: holds both a SafeTensors and a ServerlessLLM checkpoint; name the format you want", path.display())]
+    #[error(
+        "{}: holds both a SafeTensors and a ServerlessLLM checkpoint; name the format you want",
+        Shown(path)
+    )]
     SeveralFormats {
         /// The directory.
         path: PathBuf,
     },
     /// The path holds another format than the one asked for.
-    #[error("{}: holds {found}, but {asked} was asked for", path.display())]
+    #[error("{}: holds {found}, but {asked} was asked for", Shown(path))]
     WrongFormat {
         /// The path.
         path: PathBuf,
@@ -97,7 +118,10 @@ pub enum Error {
         found: Format,
     },
     /// A Hugging Face cache's `refs/main` does not hold a plain directory name.
-    #[error("{}: holds {revision:?}, which cannot name a directory in snapshots/; give the path of the snapshot you want", path.display())]
+    #[error(
+        "{}: holds {revision:?}, which cannot name a directory in snapshots/; give the path of the snapshot you want",
+        Shown(path)
+    )]
     InvalidRevision {
         /// The `refs/main` file.
         path: PathBuf,
@@ -105,7 +129,11 @@ pub enum Error {
         revision: String,
     },
     /// A Hugging Face cache's `refs/main` names a snapshot that is not there.
-    #[error("{}: refs/main names snapshot {revision:?}, which is not in snapshots/ ({}); download the model again, or give the path of the snapshot you want", path.display(), Present(snapshots))]
+    #[error(
+        "{}: refs/main names snapshot {revision:?}, which is not in snapshots/ ({}); download the model again, or give the path of the snapshot you want",
+        Shown(path),
+        Present(snapshots)
+    )]
     MissingSnapshot {
         /// The cache directory of the repository.
         path: PathBuf,
@@ -115,7 +143,11 @@ pub enum Error {
         snapshots: Vec<String>,
     },
     /// A Hugging Face cache has several snapshots and no `refs/main` to choose by.
-    #[error("{}: several snapshots ({}) and no refs/main to choose by; give the path of the snapshot you want", path.display(), FirstOf(snapshots))]
+    #[error(
+        "{}: several snapshots ({}) and no refs/main to choose by; give the path of the snapshot you want",
+        Shown(path),
+        FirstOf(snapshots)
+    )]
     SeveralSnapshots {
         /// The cache directory of the repository.
         path: PathBuf,
@@ -123,7 +155,11 @@ pub enum Error {
         snapshots: Vec<String>,
     },
     /// The `rank_N` directories are not numbered from 0 without a gap.
-    #[error("{}: rank_{missing} is missing, the ranks present are {}; restore it, or open one rank alone", path.display(), Ranks(ranks))]
+    #[error(
+        "{}: rank_{missing} is missing, the ranks present are {}; restore it, or open one rank alone",
+        Shown(path),
+        Ranks(ranks)
+    )]
     MissingRank {
         /// The directory that holds the ranks.
         path: PathBuf,
@@ -133,7 +169,11 @@ pub enum Error {
         ranks: Vec<u32>,
     },
     /// The rank asked for is not there.
-    #[error("{}: rank {rank} was asked for, but {}", path.display(), UnknownRankReason(ranks))]
+    #[error(
+        "{}: rank {rank} was asked for, but {}",
+        Shown(path),
+        UnknownRankReason(ranks)
+    )]
     UnknownRank {
         /// The path.
         path: PathBuf,
@@ -143,7 +183,10 @@ pub enum Error {
         ranks: Vec<u32>,
     },
     /// The ranks of one set use different formats.
-    #[error("{}: rank_{first_rank} is {first}, but rank_{rank} is {format}; the ranks of one checkpoint share a format: open one rank alone", path.display())]
+    #[error(
+        "{}: rank_{first_rank} is {first}, but rank_{rank} is {format}; the ranks of one checkpoint share a format: open one rank alone",
+        Shown(path)
+    )]
     MixedRankFormats {
         /// The directory that holds the ranks.
         path: PathBuf,
@@ -159,7 +202,10 @@ pub enum Error {
 
     // --- The frame of a SafeTensors file ---------------------------------------------------
     /// The file is shorter than the 8 bytes that give the header's length.
-    #[error("{}: {file_bytes} bytes long; a SafeTensors file starts with 8 bytes that give the header's length", path.display())]
+    #[error(
+        "{}: {file_bytes} bytes long; a SafeTensors file starts with 8 bytes that give the header's length",
+        Shown(path)
+    )]
     FileTooShort {
         /// The file.
         path: PathBuf,
@@ -167,7 +213,10 @@ pub enum Error {
         file_bytes: u64,
     },
     /// The header's length is above the format's limit.
-    #[error("{}: the first 8 bytes give a header of {header_bytes} bytes, above the limit of {limit_bytes}; this is not a SafeTensors file, or it is damaged", path.display())]
+    #[error(
+        "{}: the first 8 bytes give a header of {header_bytes} bytes, above the limit of {limit_bytes}; this is not a SafeTensors file, or it is damaged",
+        Shown(path)
+    )]
     HeaderTooLarge {
         /// The file.
         path: PathBuf,
@@ -177,7 +226,10 @@ pub enum Error {
         limit_bytes: u64,
     },
     /// The header does not fit into the file.
-    #[error("{}: the header of {header_bytes} bytes ends past the end of the file ({file_bytes} bytes); the file is cut short or is no SafeTensors file", path.display())]
+    #[error(
+        "{}: the header of {header_bytes} bytes ends past the end of the file ({file_bytes} bytes); the file is cut short or is no SafeTensors file",
+        Shown(path)
+    )]
     HeaderPastEnd {
         /// The file.
         path: PathBuf,
@@ -187,7 +239,7 @@ pub enum Error {
         file_bytes: u64,
     },
     /// The file ends before the data that its header describes.
-    #[error("{}: {file_bytes} bytes long, but its header describes {needed_bytes}; {} missing, damaged: {}; download or copy the file again", path.display(), Count(needed_bytes.saturating_sub(*file_bytes), "byte"), FirstOf(damaged))]
+    #[error("{}: {file_bytes} bytes long, but its header describes {needed_bytes}; {} missing, damaged: {}; download or copy the file again", Shown(path), Count(needed_bytes.saturating_sub(*file_bytes), "byte"), FirstOf(damaged))]
     Truncated {
         /// The file.
         path: PathBuf,
@@ -199,7 +251,7 @@ pub enum Error {
         damaged: Vec<String>,
     },
     /// The file goes on after the data that its header describes.
-    #[error("{}: {file_bytes} bytes long, but its header describes only {described_bytes}; {} left over at the end", path.display(), Count(file_bytes.saturating_sub(*described_bytes), "byte"))]
+    #[error("{}: {file_bytes} bytes long, but its header describes only {described_bytes}; {} left over at the end", Shown(path), Count(file_bytes.saturating_sub(*described_bytes), "byte"))]
     TrailingBytes {
         /// The file.
         path: PathBuf,
@@ -211,7 +263,10 @@ pub enum Error {
 
     // --- JSON: headers and indexes ---------------------------------------------------------
     /// An index file is too large to be one.
-    #[error("{}: {bytes} bytes long, above the limit of {limit_bytes} for an index", path.display())]
+    #[error(
+        "{}: {bytes} bytes long, above the limit of {limit_bytes} for an index",
+        Shown(path)
+    )]
     IndexTooLarge {
         /// The index file.
         path: PathBuf,
@@ -221,7 +276,10 @@ pub enum Error {
         limit_bytes: u64,
     },
     /// The JSON text is not UTF-8.
-    #[error("{}: the JSON text is not UTF-8 from its byte {offset} on", path.display())]
+    #[error(
+        "{}: the JSON text is not UTF-8 from its byte {offset} on",
+        Shown(path)
+    )]
     NotUtf8 {
         /// The file.
         path: PathBuf,
@@ -229,13 +287,19 @@ pub enum Error {
         offset: u64,
     },
     /// The JSON text starts with a byte-order mark.
-    #[error("{}: the JSON text starts with a byte-order mark, which the format forbids; write it without one", path.display())]
+    #[error(
+        "{}: the JSON text starts with a byte-order mark, which the format forbids; write it without one",
+        Shown(path)
+    )]
     ByteOrderMark {
         /// The file.
         path: PathBuf,
     },
     /// The JSON text is padded with NUL bytes.
-    #[error("{}: the JSON text is padded with NUL bytes from its byte {offset} on; the format pads with spaces", path.display())]
+    #[error(
+        "{}: the JSON text is padded with NUL bytes from its byte {offset} on; the format pads with spaces",
+        Shown(path)
+    )]
     NulPadding {
         /// The file.
         path: PathBuf,
@@ -243,7 +307,10 @@ pub enum Error {
         offset: u64,
     },
     /// The text is not JSON, or not of the expected form in a way that no other variant describes.
-    #[error("{}: line {line}, column {column} of the JSON text: {reason}", path.display())]
+    #[error(
+        "{}: line {line}, column {column} of the JSON text: {reason}",
+        Shown(path)
+    )]
     Json {
         /// The file.
         path: PathBuf,
@@ -255,11 +322,11 @@ pub enum Error {
         reason: String,
     },
     /// A value that belongs to no tensor has the wrong type.
-    #[error("{}: {key} must be {expected}, found {found}", path.display())]
+    #[error("{}: {key} must be {expected}, found {found}", Shown(path))]
     UnexpectedValue {
         /// The file.
         path: PathBuf,
-        /// Where: keys joined by dots, such as `weight_map` or `__metadata__.format`.
+        /// Where: keys joined by dots and escaped, such as `weight_map` or `__metadata__.format`.
         key: String,
         /// What belongs there.
         expected: &'static str,
@@ -267,7 +334,7 @@ pub enum Error {
         found: &'static str,
     },
     /// A required key is missing from an index.
-    #[error("{}: has no {key:?}; this is no SafeTensors index", path.display())]
+    #[error("{}: has no {key:?}; this is no SafeTensors index", Shown(path))]
     MissingKey {
         /// The index file.
         path: PathBuf,
@@ -275,7 +342,7 @@ pub enum Error {
         key: &'static str,
     },
     /// A key that may appear once appears twice.
-    #[error("{}: the key {key:?} appears twice", path.display())]
+    #[error("{}: the key {key:?} appears twice", Shown(path))]
     DuplicateKey {
         /// The file.
         path: PathBuf,
@@ -283,7 +350,10 @@ pub enum Error {
         key: String,
     },
     /// One header or index describes a tensor twice.
-    #[error("{}: tensor {tensor:?} appears twice; the format forbids it, and which one is meant is unclear", path.display())]
+    #[error(
+        "{}: tensor {tensor:?} appears twice; the format forbids it, and which one is meant is unclear",
+        Shown(path)
+    )]
     DuplicateTensor {
         /// The file.
         path: PathBuf,
@@ -293,7 +363,7 @@ pub enum Error {
 
     // --- One tensor's entry ----------------------------------------------------------------
     /// The dtype is not one that the format has.
-    #[error("{}: tensor {tensor:?}: unknown dtype {dtype:?}", path.display())]
+    #[error("{}: tensor {tensor:?}: unknown dtype {dtype:?}", Shown(path))]
     UnknownDtype {
         /// The file.
         path: PathBuf,
@@ -303,7 +373,10 @@ pub enum Error {
         dtype: String,
     },
     /// A number that counts something is negative.
-    #[error("{}: tensor {tensor:?}: negative number {value} in {field}", path.display())]
+    #[error(
+        "{}: tensor {tensor:?}: negative number {value} in {field}",
+        Shown(path)
+    )]
     NegativeNumber {
         /// The file.
         path: PathBuf,
@@ -315,7 +388,10 @@ pub enum Error {
         value: String,
     },
     /// A number that counts something is written as a fraction or with an exponent.
-    #[error("{}: tensor {tensor:?}: {value} in {field} is not written as a whole number", path.display())]
+    #[error(
+        "{}: tensor {tensor:?}: {value} in {field} is not written as a whole number",
+        Shown(path)
+    )]
     FractionalNumber {
         /// The file.
         path: PathBuf,
@@ -327,7 +403,10 @@ pub enum Error {
         value: String,
     },
     /// A number does not fit into 64 bits.
-    #[error("{}: tensor {tensor:?}: {value} in {field} does not fit into 64 bits", path.display())]
+    #[error(
+        "{}: tensor {tensor:?}: {value} in {field} does not fit into 64 bits",
+        Shown(path)
+    )]
     NumberTooLarge {
         /// The file.
         path: PathBuf,
@@ -339,7 +418,7 @@ pub enum Error {
         value: String,
     },
     /// A required field is missing from a tensor's entry.
-    #[error("{}: tensor {tensor:?}: its entry has no {field:?}", path.display())]
+    #[error("{}: tensor {tensor:?}: its entry has no {field:?}", Shown(path))]
     MissingField {
         /// The file.
         path: PathBuf,
@@ -349,7 +428,7 @@ pub enum Error {
         field: &'static str,
     },
     /// A field appears twice in a tensor's entry.
-    #[error("{}: tensor {tensor:?}: its entry has {field:?} twice", path.display())]
+    #[error("{}: tensor {tensor:?}: its entry has {field:?} twice", Shown(path))]
     DuplicateField {
         /// The file.
         path: PathBuf,
@@ -359,7 +438,10 @@ pub enum Error {
         field: &'static str,
     },
     /// A field of a tensor's entry has the wrong JSON type.
-    #[error("{}: tensor {tensor:?}: {field} must be {expected}, found {found}", path.display())]
+    #[error(
+        "{}: tensor {tensor:?}: {field} must be {expected}, found {found}",
+        Shown(path)
+    )]
     WrongType {
         /// The file.
         path: PathBuf,
@@ -373,7 +455,10 @@ pub enum Error {
         found: &'static str,
     },
     /// `data_offsets` is not a pair.
-    #[error("{}: tensor {tensor:?}: data_offsets must hold 2 numbers, begin and end; found {count}", path.display())]
+    #[error(
+        "{}: tensor {tensor:?}: data_offsets must hold 2 numbers, begin and end; found {count}",
+        Shown(path)
+    )]
     OffsetCount {
         /// The file.
         path: PathBuf,
@@ -383,7 +468,10 @@ pub enum Error {
         count: usize,
     },
     /// The tensor with the lowest data offset does not begin at 0.
-    #[error("{}: tensor {tensor:?}: begins at data offset {begin}, but the first tensor must begin at 0", path.display())]
+    #[error(
+        "{}: tensor {tensor:?}: begins at data offset {begin}, but the first tensor must begin at 0",
+        Shown(path)
+    )]
     FirstOffset {
         /// The file.
         path: PathBuf,
@@ -393,7 +481,7 @@ pub enum Error {
         begin: u64,
     },
     /// Bytes between two tensors belong to neither.
-    #[error("{}: tensor {tensor:?}: begins at data offset {begin}, but the tensor before it, {previous:?}, ends at {previous_end}: a hole of {}", path.display(), Count(begin.saturating_sub(*previous_end), "byte"))]
+    #[error("{}: tensor {tensor:?}: begins at data offset {begin}, but the tensor before it, {previous:?}, ends at {previous_end}: a hole of {}", Shown(path), Count(begin.saturating_sub(*previous_end), "byte"))]
     Hole {
         /// The file.
         path: PathBuf,
@@ -407,7 +495,10 @@ pub enum Error {
         previous_end: u64,
     },
     /// Two tensors claim the same bytes.
-    #[error("{}: tensor {tensor:?}: begins at data offset {begin}, inside or before the tensor {previous:?}, which ends at {previous_end}", path.display())]
+    #[error(
+        "{}: tensor {tensor:?}: begins at data offset {begin}, inside or before the tensor {previous:?}, which ends at {previous_end}",
+        Shown(path)
+    )]
     Overlap {
         /// The file.
         path: PathBuf,
@@ -421,7 +512,10 @@ pub enum Error {
         previous_end: u64,
     },
     /// A tensor ends before it begins.
-    #[error("{}: tensor {tensor:?}: data_offsets [{begin}, {end}] end before they begin", path.display())]
+    #[error(
+        "{}: tensor {tensor:?}: data_offsets [{begin}, {end}] end before they begin",
+        Shown(path)
+    )]
     ReversedOffsets {
         /// The file.
         path: PathBuf,
@@ -433,7 +527,10 @@ pub enum Error {
         end: u64,
     },
     /// The size of a tensor, in elements or in bits, overflows 64 bits.
-    #[error("{}: tensor {tensor:?}: the size of {dtype} {shape:?} overflows 64 bits", path.display())]
+    #[error(
+        "{}: tensor {tensor:?}: the size of {dtype} {shape:?} overflows 64 bits",
+        Shown(path)
+    )]
     ShapeOverflow {
         /// The file.
         path: PathBuf,
@@ -445,7 +542,10 @@ pub enum Error {
         shape: Vec<u64>,
     },
     /// A tensor of 4- or 6-bit elements does not fill whole bytes.
-    #[error("{}: tensor {tensor:?}: {dtype} {shape:?} is {bits} bits, which do not fill whole bytes", path.display())]
+    #[error(
+        "{}: tensor {tensor:?}: {dtype} {shape:?} is {bits} bits, which do not fill whole bytes",
+        Shown(path)
+    )]
     PartialByte {
         /// The file.
         path: PathBuf,
@@ -459,7 +559,7 @@ pub enum Error {
         bits: u64,
     },
     /// The stored size of a tensor is not that of its shape and dtype.
-    #[error("{}: tensor {tensor:?}: {dtype} {shape:?} takes {}, but {stored_bytes} are stored", path.display(), Count(*needed_bytes, "byte"))]
+    #[error("{}: tensor {tensor:?}: {dtype} {shape:?} takes {}, but {stored_bytes} are stored", Shown(path), Count(*needed_bytes, "byte"))]
     SizeMismatch {
         /// The file.
         path: PathBuf,
@@ -477,7 +577,10 @@ pub enum Error {
 
     // --- SafeTensors over several files ----------------------------------------------------
     /// A file name in an index leads, or may lead, outside the index's directory.
-    #[error("{}: tensor {tensor:?} is mapped to the file name {name:?}, which {reason}; names in an index must be relative and stay below its directory", path.display())]
+    #[error(
+        "{}: tensor {tensor:?} is mapped to the file name {name:?}, which {reason}; names in an index must be relative and stay below its directory",
+        Shown(path)
+    )]
     UnsafeFileName {
         /// The index file.
         path: PathBuf,
@@ -489,7 +592,7 @@ pub enum Error {
         reason: &'static str,
     },
     /// Shards that an index, or the numbering of the files, calls for are missing.
-    #[error("{}: {} missing: {}; download or copy them again", path.display(), Count(missing.len() as u64, "shard"), FirstOf(missing))]
+    #[error("{}: {} missing: {}; download or copy them again", Shown(path), Count(missing.len() as u64, "shard"), FirstOf(missing))]
     MissingShards {
         /// The index file, or the directory if there is no index.
         path: PathBuf,
@@ -497,7 +600,7 @@ pub enum Error {
         missing: Vec<String>,
     },
     /// The index maps a tensor to a shard that does not hold it.
-    #[error("{}: tensor {tensor:?} is mapped to {shard:?}, which does not hold it{}", path.display(), Elsewhere(found_in.as_deref(), *others))]
+    #[error("{}: tensor {tensor:?} is mapped to {shard:?}, which does not hold it{}", Shown(path), Elsewhere(found_in.as_deref(), *others))]
     TensorNotInShard {
         /// The index file.
         path: PathBuf,
@@ -511,7 +614,10 @@ pub enum Error {
         others: usize,
     },
     /// Two shards of one index hold the same tensor.
-    #[error("{}: tensor {tensor:?} is in two shards, {first:?} and {second:?}", path.display())]
+    #[error(
+        "{}: tensor {tensor:?} is in two shards, {first:?} and {second:?}",
+        Shown(path)
+    )]
     TensorInTwoShards {
         /// The index file.
         path: PathBuf,
@@ -523,7 +629,7 @@ pub enum Error {
         second: String,
     },
     /// A shard holds tensors that the index does not list.
-    #[error("{}: the shards hold {} that the index does not list: {}; the index and the shards do not belong together, or ask to ignore unlisted tensors", path.display(), Count(tensors.len() as u64, "tensor"), FirstOf(tensors))]
+    #[error("{}: the shards hold {} that the index does not list: {}; the index and the shards do not belong together, or ask to ignore unlisted tensors", Shown(path), Count(tensors.len() as u64, "tensor"), FirstOf(tensors))]
     UnlistedTensors {
         /// The index file.
         path: PathBuf,
@@ -531,7 +637,11 @@ pub enum Error {
         tensors: Vec<String>,
     },
     /// Without an index, two files of a directory hold the same tensor.
-    #[error("{}: no index says which files belong together, and tensor {tensor:?} is in both {first:?} and {second:?}; give the path of the one file you want{}", path.display(), ConsolidatedHint(first, second))]
+    #[error(
+        "{}: no index says which files belong together, and tensor {tensor:?} is in both {first:?} and {second:?}; give the path of the one file you want{}",
+        Shown(path),
+        ConsolidatedHint(first, second)
+    )]
     TensorInTwoFiles {
         /// The directory.
         path: PathBuf,
@@ -545,7 +655,10 @@ pub enum Error {
 
     // --- ServerlessLLM ---------------------------------------------------------------------
     /// An entry has neither five nor six fields.
-    #[error("{}: tensor {tensor:?}: its entry has {count} fields; the store dialect has 5 and the partitioned dialect 6", path.display())]
+    #[error(
+        "{}: tensor {tensor:?}: its entry has {count} fields; the store dialect has 5 and the partitioned dialect 6",
+        Shown(path)
+    )]
     FieldCount {
         /// The index file.
         path: PathBuf,
@@ -555,7 +668,10 @@ pub enum Error {
         count: usize,
     },
     /// One index holds entries of both dialects.
-    #[error("{}: mixes the dialects: tensor {store:?} has 5 fields (store) and tensor {partitioned:?} has 6 (partitioned)", path.display())]
+    #[error(
+        "{}: mixes the dialects: tensor {store:?} has 5 fields (store) and tensor {partitioned:?} has 6 (partitioned)",
+        Shown(path)
+    )]
     MixedDialects {
         /// The index file.
         path: PathBuf,
@@ -565,7 +681,7 @@ pub enum Error {
         partitioned: String,
     },
     /// A partition is missing between others, or a tensor lies in one that is not there.
-    #[error("{}: tensor.data_{partition} is missing{}; {partitions} partitions are there", path.display(), NeededBy(tensor.as_deref()))]
+    #[error("{}: tensor.data_{partition} is missing{}; {partitions} partitions are there", Shown(path), NeededBy(tensor.as_deref()))]
     MissingPartition {
         /// The index file.
         path: PathBuf,
@@ -577,7 +693,7 @@ pub enum Error {
         partitions: usize,
     },
     /// A tensor of the store dialect runs over the end of its partition into the next one.
-    #[error("{}: tensor {tensor:?}: bytes {offset}..{} cross the end of tensor.data_{partition} at {partition_end}; that partition is cut short, or the index belongs to other partitions", path.display(), offset.saturating_add(*bytes))]
+    #[error("{}: tensor {tensor:?}: bytes {offset}..{} cross the end of tensor.data_{partition} at {partition_end}; that partition is cut short, or the index belongs to other partitions", Shown(path), offset.saturating_add(*bytes))]
     CrossesPartition {
         /// The index file.
         path: PathBuf,
@@ -593,7 +709,7 @@ pub enum Error {
         partition_end: u64,
     },
     /// A partition ends before the tensors that the index puts into it.
-    #[error("{}: {partition_bytes} bytes long, but the index needs {needed_bytes}; {} missing, {} damaged: {}; copy the partition, and any that should follow it, again, or write the checkpoint anew", path.display(), Count(needed_bytes.saturating_sub(*partition_bytes), "byte"), Count(damaged.len() as u64, "tensor"), FirstOf(damaged))]
+    #[error("{}: {partition_bytes} bytes long, but the index needs {needed_bytes}; {} missing, {} damaged: {}; copy the partition, and any that should follow it, again, or write the checkpoint anew", Shown(path), Count(needed_bytes.saturating_sub(*partition_bytes), "byte"), Count(damaged.len() as u64, "tensor"), FirstOf(damaged))]
     PartitionTooShort {
         /// The partition file.
         path: PathBuf,
@@ -605,7 +721,10 @@ pub enum Error {
         damaged: Vec<String>,
     },
     /// The stride of a tensor has not one number per dimension.
-    #[error("{}: tensor {tensor:?}: {dimensions} dimensions but {strides} strides", path.display())]
+    #[error(
+        "{}: tensor {tensor:?}: {dimensions} dimensions but {strides} strides",
+        Shown(path)
+    )]
     StrideCount {
         /// The index file.
         path: PathBuf,
@@ -617,7 +736,7 @@ pub enum Error {
         strides: usize,
     },
     /// A strided view reaches past the end of its storage.
-    #[error("{}: tensor {tensor:?}: its strided view reaches {needed_bytes} bytes, but its storage has {}", path.display(), Count(*stored_bytes, "byte"))]
+    #[error("{}: tensor {tensor:?}: its strided view reaches {needed_bytes} bytes, but its storage has {}", Shown(path), Count(*stored_bytes, "byte"))]
     StorageTooSmall {
         /// The index file.
         path: PathBuf,
@@ -629,7 +748,10 @@ pub enum Error {
         stored_bytes: u64,
     },
     /// The end of a tensor's bytes overflows 64 bits.
-    #[error("{}: tensor {tensor:?}: the end of its bytes (offset {offset}, size {bytes}) overflows 64 bits", path.display())]
+    #[error(
+        "{}: tensor {tensor:?}: the end of its bytes (offset {offset}, size {bytes}) overflows 64 bits",
+        Shown(path)
+    )]
     RangeOverflow {
         /// The index file.
         path: PathBuf,
@@ -704,6 +826,23 @@ pub enum Error {
         /// The first tensor that does not fit.
         tensor: String,
     },
+}
+
+/// A path without control characters: its last part may come from an index, and so from somebody who
+/// would like to write to the reader's terminal.
+struct Shown<'a>(&'a Path);
+
+impl fmt::Display for Shown<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for character in self.0.to_string_lossy().chars() {
+            if character.is_control() {
+                write!(f, "{}", character.escape_default())?;
+            } else {
+                f.write_char(character)?;
+            }
+        }
+        Ok(())
+    }
 }
 
 /// How many names of a list a message shows.

@@ -35,3 +35,8 @@ pub use safetensors::{
     safetensors_header_bytes,
 };
 pub use serverlessllm::{ServerlessLlmIndex, parse_serverlessllm_index};
+
+/// Compiles and runs the example of the README.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -57,7 +57,7 @@ impl fmt::Display for Note {
                 actual_bytes,
             } => write!(
                 f,
-                "{index} states a total_size of {stated_bytes} bytes, but its tensors have {actual_bytes}"
+                "{index:?} states a total_size of {stated_bytes} bytes, but its tensors have {actual_bytes}"
             ),
             Self::FilesLeftAlone { files } => {
                 write!(
@@ -79,7 +79,7 @@ impl fmt::Display for Note {
                 dropped,
             } => write!(
                 f,
-                "__metadata__ {key:?} differs between shards: kept {kept:?}, dropped {dropped:?} of {file}"
+                "__metadata__ {key:?} differs between shards: kept {kept:?}, dropped {dropped:?} of {file:?}"
             ),
             Self::NotContiguous { tensors } => {
                 write!(

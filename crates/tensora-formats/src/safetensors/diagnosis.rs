@@ -47,7 +47,7 @@ fn examine_metadata(path: &Path, text: &str, metadata: &RawValue) -> Result<()> 
         if json::kind(value) != "a string" {
             return Err(Error::UnexpectedValue {
                 path: path.to_owned(),
-                key: format!("{METADATA_KEY}.{key}"),
+                key: format!("{METADATA_KEY}.{}", key.escape_debug()),
                 expected: "a string",
                 found: json::kind(value),
             });

@@ -82,7 +82,7 @@ fn parse_weight_map(
         if json::kind(value) != "a string" {
             return Err(Error::UnexpectedValue {
                 path: path.to_owned(),
-                key: format!("weight_map.{tensor}"),
+                key: format!("weight_map.{}", tensor.escape_debug()),
                 expected: "a file's name",
                 found: json::kind(value),
             });

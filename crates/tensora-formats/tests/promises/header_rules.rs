@@ -558,7 +558,36 @@ fn accepted() {
 
 #[test]
 fn messages_escape_what_a_hostile_name_holds() {
-    let header = "{\"a\\u001b[31m\\n\":{\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[1,2]}}";
-    let message = parse(header, 2).unwrap_err().to_string();
-    assert!(!message.contains(['\u{1b}', '\n']), "{message:?}");
+    let escaped = "a\\u001b[31m\\n";
+    let directory = Directory::new();
+    let with_index = |weight_map: String| {
+        directory.write(
+            "i.safetensors.index.json",
+            format!(r#"{{"weight_map":{weight_map}}}"#),
+        );
+        CheckpointIndex::open(directory.path()).map(drop)
+    };
+    // A broken shard, so that its path is in the message; elsewhere no file can have that name.
+    #[cfg(unix)]
+    directory.write("a\u{1b}[31m\n", safetensors("{}", 1));
+    for result in [
+        parse(
+            format!(r#"{{"{escaped}":{{"dtype":"U8","shape":[1],"data_offsets":[1,2]}}}}"#),
+            2,
+        )
+        .map(drop),
+        parse(
+            format!(r#"{{"{escaped}":{{"dtype":"{escaped}","shape":[],"data_offsets":[0,1]}}}}"#),
+            1,
+        )
+        .map(drop),
+        parse(format!(r#"{{"__metadata__":{{"{escaped}":1}}}}"#), 0).map(drop),
+        with_index(format!(r#"{{"{escaped}":1}}"#)),
+        with_index(format!(r#"{{"t":"{escaped}"}}"#)),
+        with_index(format!(r#"{{"t":"x{escaped}"}}"#)),
+    ] {
+        let message = result.unwrap_err().to_string();
+        assert!(message.contains("[31m"), "{message:?}");
+        assert!(!message.contains(char::is_control), "{message:?}");
+    }
 }

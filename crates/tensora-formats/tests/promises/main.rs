@@ -8,6 +8,7 @@ mod fixture;
 mod header_rules;
 mod layouts;
 mod recognition;
+mod rule_table;
 mod scale;
 mod serverlessllm_rules;
 mod shards;
