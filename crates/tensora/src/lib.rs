@@ -14,7 +14,6 @@
 //!
 //! This crate only wires its parts together. They can be used without it: `tensora-formats` reads
 //! metadata, `tensora-io` moves bytes, `tensora-heuristics` decides, `tensora-convert` converts.
-#![cfg_attr(doctest, doc = include_str!("../README.md"))]
 #![forbid(unsafe_code)]
 
 mod checkpoint;
@@ -73,4 +72,14 @@ pub fn open(path: impl AsRef<std::path::Path>) -> Result<LazyCheckpoint> {
 /// As [`load`].
 pub async fn load_async(path: impl AsRef<std::path::Path>) -> Result<Checkpoint> {
     Loader::new().load_async(path).await
+}
+
+/// What the READMEs show compiles.
+#[cfg(doctest)]
+mod readmes {
+    #[doc = include_str!("../README.md")]
+    struct OfThisCrate;
+
+    #[doc = include_str!("../../../README.md")]
+    struct OfTheRepository;
 }
