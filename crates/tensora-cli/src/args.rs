@@ -1,0 +1,392 @@
+//! What the user can say.
+
+use std::num::NonZero;
+use std::path::PathBuf;
+
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+use clap::{ArgAction, Args, Parser, Subcommand};
+use tensora::formats::{OpenOptions, UnlistedTensors};
+use tensora::io::TransferParams;
+use tensora::{BackendChoice, BackendKind, DirectChoice, Format, Loader, MemoryChoice};
+
+use crate::units::parse_size;
+
+/// Inspect, plan, load and convert large-language-model checkpoints.
+///
+/// PATH is a .safetensors file, a directory of them with or without an index file, a model in a
+/// Hugging Face cache, or a ServerlessLLM directory.
+#[derive(Debug, Parser)]
+#[command(
+    name = "tensora",
+    version,
+    propagate_version = true,
+    max_term_width = 100,
+    after_help = "Exit status: 0 on success, 1 on failure, 2 for a wrong command line.",
+    after_long_help = AFTER_LONG_HELP
+)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+
+    /// Print exactly one JSON object on standard output, and nothing else there
+    #[arg(long, global = true, help_heading = "Output")]
+    pub(crate) json: bool,
+
+    /// Trace what happens to standard error, and explain in full; -vv traces more
+    ///
+    /// The environment variable TENSORA_LOG chooses in detail what is traced, for example
+    /// TENSORA_LOG=tensora=debug,tensora_io=trace.
+    #[arg(short, long, global = true, action = ArgAction::Count, help_heading = "Output")]
+    pub(crate) verbose: u8,
+}
+
+const AFTER_LONG_HELP: &str = "\
+Examples:
+  tensora inspect Qwen3-8B                what is in a checkpoint
+  tensora plan Qwen3-8B                   how it would be loaded here, and why
+  tensora load Qwen3-8B --digest          load it, and name its content
+  tensora convert Qwen3-8B out --to serverlessllm-store
+  tensora doctor Qwen3-8B                 what stands in the way of loading it fast
+
+Sizes are bytes, or numbers with a unit: 1MiB, 1.5GB. KiB, MiB, GiB and TiB, or bare K, M, G and T,
+count by 1024; KB, MB, GB and TB by 1000.
+
+Exit status: 0 on success, 1 on failure, 2 for a wrong command line.";
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// List the files and tensors of a checkpoint; reads metadata only
+    Inspect(InspectArgs),
+    /// Explain how a checkpoint would be loaded on this machine, and why
+    Plan(PlanArgs),
+    Load(LoadArgs),
+    Convert(ConvertArgs),
+    /// Examine this machine, and the storage of a checkpoint
+    Doctor(DoctorArgs),
+}
+
+#[derive(Debug, Args)]
+#[command(after_long_help = "\
+Examples:
+  tensora inspect model.safetensors
+  tensora inspect Qwen3-8B --select 'model.layers.0.*' --all
+  tensora inspect Qwen3-8B --json | jq -r '.tensors[].name'")]
+pub(crate) struct InspectArgs {
+    #[command(flatten)]
+    pub(crate) source: SourceArgs,
+
+    /// List all files and tensors, not only the first 40 of each [JSON always has all]
+    #[arg(long, help_heading = "Output")]
+    pub(crate) all: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_long_help = "\
+Examples:
+  tensora plan Qwen3-8B
+  tensora plan Qwen3-8B --backend io-uring --memory owned
+  tensora plan Qwen3-8B --json | jq '.decisions[] | {field, chosen}'")]
+pub(crate) struct PlanArgs {
+    #[command(flatten)]
+    pub(crate) source: SourceArgs,
+
+    #[command(flatten)]
+    pub(crate) policy: PolicyArgs,
+}
+
+/// Load a checkpoint into memory, and report how fast that was
+///
+/// Whatever is left out is decided by the planner, from what the checkpoint looks like and what the
+/// machine can do. What is named is obeyed, or fails with the reason; it is never replaced.
+///
+/// Unless `--memory owned` is given, tensors may be views of the mapped files. The command then takes
+/// it on itself that nobody truncates or rewrites the files while it runs. If somebody does all the
+/// same, it reports wrong content or is killed by the signal SIGBUS. Replacing a file by renaming
+/// another one over it is harmless.
+#[derive(Debug, Args)]
+#[command(after_long_help = "\
+Examples:
+  tensora load Qwen3-8B
+  tensora load Qwen3-8B --digest
+  tensora load Qwen3-8B --backend io-uring --memory owned --direct required --chunk-bytes 1MiB
+  tensora load Qwen3-8B --select 'model.layers.0.*' --select lm_head.weight --json")]
+pub(crate) struct LoadArgs {
+    #[command(flatten)]
+    pub(crate) source: SourceArgs,
+
+    #[command(flatten)]
+    pub(crate) policy: PolicyArgs,
+
+    /// Compute the content digest of the loaded tensors
+    ///
+    /// One value for the same tensors, whatever the format, the sharding and the backend: names,
+    /// dtypes, shapes and data go into it. It is computed after the load and not part of its time.
+    #[arg(long)]
+    pub(crate) digest: bool,
+
+    /// Print the whole plan with all its reasons, as `tensora plan` does
+    #[arg(long, help_heading = "Output")]
+    pub(crate) explain: bool,
+}
+
+/// Convert a SafeTensors checkpoint into a ServerlessLLM directory
+///
+/// Everything is planned and checked before the first byte is written: directories, permissions,
+/// free space, dtypes. The files appear under their names only when all of them are complete and on
+/// the device; an error, or Ctrl-C, removes what was written. Memory use does not grow with the
+/// checkpoint.
+#[derive(Debug, Args)]
+#[command(after_long_help = "\
+Examples:
+  tensora convert Qwen3-8B Qwen3-8B-sllm --to serverlessllm-store
+  tensora convert Qwen3-8B Qwen3-8B-sllm --to serverlessllm-partitioned --partitions 8
+  tensora convert Qwen3-8B Qwen3-8B-sllm --to serverlessllm-store --dry-run --json")]
+pub(crate) struct ConvertArgs {
+    /// The checkpoint to convert: a file or a directory
+    pub(crate) source: PathBuf,
+
+    /// The directory to write to; made if it does not exist
+    pub(crate) target: PathBuf,
+
+    #[command(flatten)]
+    pub(crate) open: OpenArgs,
+
+    /// The format to write
+    ///
+    /// serverlessllm-store: what ServerlessLLM itself and vLLM read. serverlessllm-partitioned:
+    /// partitions of equal size, for parallel range reads.
+    #[arg(long, value_name = "FORMAT", value_parser = target_parser(), help_heading = "Target")]
+    pub(crate) to: Format,
+
+    /// Number of partitions, for serverlessllm-partitioned [default: one for each 10 GiB]
+    #[arg(long, value_name = "N", help_heading = "Target")]
+    pub(crate) partitions: Option<NonZero<u32>>,
+
+    /// Largest partition, for serverlessllm-store, for example 1GiB [default: 10GiB]
+    #[arg(long, value_name = "SIZE", value_parser = parse_positive_size, help_heading = "Target")]
+    pub(crate) partition_bytes: Option<NonZero<u64>>,
+
+    /// Replace the checkpoint of the same kind that is in the target directory
+    ///
+    /// It stays until the new one is complete, so there must be room for both.
+    #[arg(long, help_heading = "Target")]
+    pub(crate) force: bool,
+
+    /// Most memory that data on its way takes, for example 64MiB; at least 1MiB [default: 256MiB]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, help_heading = "Strategy")]
+    pub(crate) memory_limit: Option<u64>,
+
+    /// Plan and check everything, say what would be written, and write nothing
+    #[arg(long, help_heading = "Strategy")]
+    pub(crate) dry_run: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_long_help = "\
+Examples:
+  tensora doctor
+  tensora doctor Qwen3-8B
+  tensora doctor --json | jq '.backends[] | select(.status == \"unavailable\")'")]
+pub(crate) struct DoctorArgs {
+    /// A checkpoint whose storage is examined too
+    pub(crate) path: Option<PathBuf>,
+
+    #[command(flatten)]
+    pub(crate) open: OpenArgs,
+}
+
+/// Which tensors of which checkpoint.
+#[derive(Debug, Args)]
+pub(crate) struct SourceArgs {
+    /// The checkpoint: a file or a directory
+    pub(crate) path: PathBuf,
+
+    #[command(flatten)]
+    pub(crate) open: OpenArgs,
+
+    /// Only tensors whose names match GLOB; may be repeated [default: all]
+    ///
+    /// `*` and `?` match any characters, dots and slashes too; `[0-9]` one of a set; `{a,b}` either
+    /// of two. Quote it, or the shell expands it. A pattern that matches nothing is an error.
+    /// Example: --select 'model.layers.{0,1}.*'
+    #[arg(long, value_name = "GLOB", help_heading = "Checkpoint")]
+    pub(crate) select: Vec<String>,
+}
+
+impl SourceArgs {
+    /// Opens what is asked for, and has no wishes about how.
+    pub(crate) fn loader(&self) -> Loader {
+        Loader::new()
+            .open_options(self.open.options())
+            .select(&self.select)
+    }
+}
+
+/// How a path is understood.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Checkpoint")]
+pub(crate) struct OpenArgs {
+    /// Accept this format only, and choose it where a directory holds two [default: any]
+    #[arg(long, value_name = "FORMAT", value_parser = format_parser())]
+    pub(crate) format: Option<Format>,
+
+    /// Open one rank of a directory of rank_0, rank_1, … [default: all]
+    #[arg(long, value_name = "N")]
+    pub(crate) rank: Option<u32>,
+
+    /// Leave out tensors that shards hold and their index does not list, instead of failing
+    #[arg(long)]
+    pub(crate) ignore_unlisted: bool,
+}
+
+impl OpenArgs {
+    pub(crate) fn options(&self) -> OpenOptions {
+        let mut options = OpenOptions::new();
+        if let Some(format) = self.format {
+            options = options.format(format);
+        }
+        if let Some(rank) = self.rank {
+            options = options.rank(rank);
+        }
+        if self.ignore_unlisted {
+            options = options.unlisted_tensors(UnlistedTensors::Ignore);
+        }
+        options
+    }
+}
+
+/// What the planner shall not decide.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Strategy")]
+pub(crate) struct PolicyArgs {
+    /// How bytes move from files into memory
+    ///
+    /// sync: threads with positioned reads; async: Tokio tasks, grouped per file; io-uring: rings
+    /// with batched submission; mmap: mappings of the files.
+    #[arg(long, value_name = "BACKEND", default_value = "auto", value_parser = backend_parser())]
+    pub(crate) backend: BackendChoice,
+
+    /// Which memory holds the tensors
+    ///
+    /// owned: memory of their own. mapped: the page cache itself, without a copy; the files must not
+    /// be truncated or rewritten meanwhile (see `tensora load --help`). auto: mapped where that
+    /// pays.
+    #[arg(long, value_name = "MEMORY", default_value = "auto", value_parser = memory_parser())]
+    pub(crate) memory: MemoryChoice,
+
+    /// Whether reads bypass the page cache (direct I/O)
+    ///
+    /// preferred: where the files support it, buffered elsewhere. required: or fail.
+    #[arg(long, value_name = "POLICY", default_value = "auto", value_parser = direct_parser())]
+    pub(crate) direct: DirectChoice,
+
+    /// Largest single read, 4KiB to 1GiB, for example 1MiB [default: planned]
+    #[arg(long, value_name = "SIZE", value_parser = parse_chunk_size)]
+    pub(crate) chunk_bytes: Option<u64>,
+
+    /// Reads in flight per ring, 1 to 1024; io-uring only [default: planned]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=i64::from(TransferParams::MAX_QUEUE_DEPTH)))]
+    pub(crate) queue_depth: Option<u32>,
+
+    /// Threads, concurrent reads or rings, 1 to 256 [default: planned]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=i64::from(TransferParams::MAX_WORKERS)))]
+    pub(crate) workers: Option<u32>,
+
+    /// Refuse to own more memory than this, for example 8GiB [default: what the machine leaves]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub(crate) memory_limit: Option<u64>,
+}
+
+impl PolicyArgs {
+    /// `loader` with these wishes, mappings included.
+    pub(crate) fn apply(&self, mut loader: Loader) -> Loader {
+        loader = loader
+            .backend_choice(self.backend)
+            .memory(self.memory)
+            .direct_choice(self.direct);
+        if let Some(chunk_bytes) = self.chunk_bytes {
+            loader = loader.chunk_bytes(chunk_bytes);
+        }
+        if let Some(queue_depth) = self.queue_depth {
+            loader = loader.queue_depth(queue_depth);
+        }
+        if let Some(workers) = self.workers {
+            loader = loader.workers(workers);
+        }
+        if let Some(limit_bytes) = self.memory_limit {
+            loader = loader.memory_limit_bytes(limit_bytes);
+        }
+        crate::mapping::allow_mapping(loader, self.memory)
+    }
+}
+
+// The names come from the libraries; naming them to clap gives help, completion and suggestions.
+
+fn format_parser() -> impl TypedValueParser<Value = Format> {
+    PossibleValuesParser::new(Format::ALL.iter().map(|format| format.as_str()))
+        .try_map(|name| name.parse::<Format>())
+}
+
+fn target_parser() -> impl TypedValueParser<Value = Format> {
+    let formats = Format::ALL
+        .iter()
+        .filter(|format| format.is_serverlessllm());
+    PossibleValuesParser::new(formats.map(|format| format.as_str()))
+        .try_map(|name| name.parse::<Format>())
+}
+
+fn backend_parser() -> impl TypedValueParser<Value = BackendChoice> {
+    let names = BackendKind::ALL.map(BackendKind::as_str);
+    PossibleValuesParser::new(["auto"].into_iter().chain(names))
+        .try_map(|name| name.parse::<BackendChoice>())
+}
+
+fn memory_parser() -> impl TypedValueParser<Value = MemoryChoice> {
+    PossibleValuesParser::new(["auto", "owned", "mapped"])
+        .try_map(|name| name.parse::<MemoryChoice>())
+}
+
+fn direct_parser() -> impl TypedValueParser<Value = DirectChoice> {
+    PossibleValuesParser::new(["auto", "never", "preferred", "required"])
+        .try_map(|name| name.parse::<DirectChoice>())
+}
+
+fn parse_positive_size(text: &str) -> Result<NonZero<u64>, String> {
+    NonZero::new(parse_size(text)?).ok_or_else(|| "it must be more than 0".to_owned())
+}
+
+fn parse_chunk_size(text: &str) -> Result<u64, String> {
+    let bytes = parse_size(text)?;
+    let limits = TransferParams::MIN_CHUNK_BYTES..=TransferParams::MAX_CHUNK_BYTES;
+    if limits.contains(&bytes) {
+        Ok(bytes)
+    } else {
+        Err("a read has at least 4KiB and at most 1GiB".to_owned())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_definition_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn chunks_stay_within_the_limits_that_the_help_names() {
+        assert_eq!(
+            parse_chunk_size("4KiB"),
+            Ok(TransferParams::MIN_CHUNK_BYTES)
+        );
+        assert_eq!(
+            parse_chunk_size("1GiB"),
+            Ok(TransferParams::MAX_CHUNK_BYTES)
+        );
+        assert!(parse_chunk_size("4095").is_err());
+        assert!(parse_chunk_size("1.1GiB").is_err());
+    }
+}

@@ -1,0 +1,14 @@
+//! The subcommands: each gathers facts, makes a report of them and emits it.
+
+mod convert;
+mod doctor;
+mod files;
+mod inspect;
+mod load;
+mod plan;
+
+pub(crate) use self::convert::convert;
+pub(crate) use self::doctor::doctor;
+pub(crate) use self::inspect::inspect;
+pub(crate) use self::load::load;
+pub(crate) use self::plan::plan;

@@ -1,0 +1,146 @@
+//! Errors, as the user sees them: what failed, its causes, and which option helps.
+
+use std::fmt::Write as _;
+use std::io::Write as _;
+use std::process::ExitCode;
+
+use clap::builder::styling::{AnsiColor, Style};
+use tensora::convert::Error as ConvertError;
+use tensora::formats::Error as FormatError;
+use tensora::heuristics::PlanError;
+
+use crate::output::{self, OutputError};
+
+/// What shells report for a command that Ctrl-C ended: 128 and the number of the signal.
+const INTERRUPTED: u8 = 130;
+
+const ERROR: Style = AnsiColor::Red.on_default().bold();
+const HINT: Style = AnsiColor::Cyan.on_default().bold();
+
+/// Says on standard error what went wrong; the exit status for it.
+pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
+    if let Some(output) = error.downcast_ref::<OutputError>()
+        && output.is_closed_pipe()
+    {
+        return ExitCode::SUCCESS;
+    }
+    let mut stderr = std::io::stderr().lock();
+    let text = explain(error, output::colours(&stderr));
+    // Nobody is left to tell if standard error is closed too.
+    let _ = stderr.write_all(text.as_bytes());
+    match error.downcast_ref::<ConvertError>() {
+        Some(error) if error.is_cancelled() => ExitCode::from(INTERRUPTED),
+        _ => ExitCode::FAILURE,
+    }
+}
+
+fn explain(error: &anyhow::Error, coloured: bool) -> String {
+    let label = |style: Style, label: &str| {
+        if coloured {
+            format!("{style}{label}{style:#}")
+        } else {
+            label.to_owned()
+        }
+    };
+    let mut last = error.to_string();
+    let mut text = format!("{} {last}\n", label(ERROR, "error:"));
+    for cause in error.chain().skip(1) {
+        let cause = cause.to_string();
+        // Most messages end with their cause already.
+        if !last.contains(&cause) {
+            let _ = writeln!(text, "  caused by: {cause}");
+            last = cause;
+        }
+    }
+    if let Some(hint) = hint(error) {
+        let _ = writeln!(text, "{} {hint}", label(HINT, "hint:"));
+    }
+    text
+}
+
+/// The option or subcommand that helps; the libraries' messages cannot know of these.
+fn hint(error: &anyhow::Error) -> Option<&'static str> {
+    if let Some(error) = error.downcast_ref::<ConvertError>() {
+        return conversion_hint(error);
+    }
+    match error.downcast_ref::<tensora::Error>()? {
+        tensora::Error::Format(error) => format_hint(error),
+        tensora::Error::Plan(error) => plan_hint(error),
+        tensora::Error::Io(tensora::io::Error::BackendUnavailable { .. }) => Some(DOCTOR),
+        _ => None,
+    }
+}
+
+const DOCTOR: &str = "`tensora doctor` shows which backends work here";
+
+fn format_hint(error: &FormatError) -> Option<&'static str> {
+    match error {
+        FormatError::SeveralFormats { .. } => Some("`--format FORMAT` chooses the format"),
+        FormatError::WrongFormat { .. } => Some("without `--format`, any format is accepted"),
+        FormatError::MissingRank { .. } | FormatError::MixedRankFormats { .. } => {
+            Some("`--rank N` opens one rank alone")
+        }
+        FormatError::UnlistedTensors { .. } => {
+            Some("`--ignore-unlisted` leaves out what the index does not list")
+        }
+        _ => None,
+    }
+}
+
+fn plan_hint(error: &PlanError) -> Option<&'static str> {
+    match error {
+        PlanError::BackendUnavailable { .. }
+        | PlanError::BackendLeftOut { .. }
+        | PlanError::NoBackend { .. } => Some(DOCTOR),
+        PlanError::MappedWithBackend { .. } => {
+            Some("`--backend auto --memory mapped`, or `--memory owned` to keep the backend")
+        }
+        PlanError::DirectWithMapped | PlanError::DirectWithMmap => {
+            Some("`--direct required` goes with `--memory owned` and any backend but mmap")
+        }
+        PlanError::DirectUnsupported { .. } => Some("`--direct preferred` falls back"),
+        PlanError::DoesNotFit { .. } => Some(
+            "`--select GLOB` loads a part, `--memory mapped` needs no memory of its own, \
+             `--memory-limit SIZE` sets the limit",
+        ),
+        _ => None,
+    }
+}
+
+fn conversion_hint(error: &ConvertError) -> Option<&'static str> {
+    match error {
+        ConvertError::OptionNotForTarget { .. } => Some(
+            "`--partitions N` goes with `--to serverlessllm-partitioned`, `--partition-bytes SIZE` \
+             with `--to serverlessllm-store`",
+        ),
+        ConvertError::MemoryLimit { .. } => Some("`--memory-limit SIZE` sets the limit"),
+        ConvertError::TargetOccupied { .. } => Some("`--force` replaces it"),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::Context;
+
+    use super::*;
+
+    #[test]
+    fn causes_are_not_said_twice() {
+        let error = tensora::load("/nonexistent/checkpoint").unwrap_err();
+        let text = explain(&error.into(), false);
+        assert!(text.starts_with("error: /nonexistent/checkpoint"), "{text}");
+        assert_eq!(text.lines().count(), 1, "{text}");
+
+        let error: anyhow::Error = std::io::Error::other("the disk is gone").into();
+        let error = Err::<(), _>(error)
+            .context("reading failed")
+            .context("no result")
+            .unwrap_err();
+        assert_eq!(
+            explain(&error, false),
+            "error: no result\n  caused by: reading failed\n  caused by: the disk is gone\n"
+        );
+        assert!(explain(&error, true).contains("\u{1b}["));
+    }
+}

@@ -1,0 +1,18 @@
+//! The one place where the command takes on the contract of mappings.
+
+use tensora::{Loader, MappingPermit, MemoryChoice};
+
+/// `loader` with leave to map the files, unless owned memory was asked for.
+#[allow(unsafe_code)]
+pub(crate) fn allow_mapping(loader: Loader, memory: MemoryChoice) -> Loader {
+    if memory == MemoryChoice::Owned {
+        return loader;
+    }
+    // SAFETY: the contract is that nobody truncates or rewrites the files while the tensors are in
+    // use. The command uses them only until it exits and writes to none of them, but it cannot keep
+    // other processes from doing so: it relies on the user, to whom `load --help` and the README
+    // state the contract. Somebody who breaks it gets a wrong digest, or the process is killed by
+    // SIGBUS; tensors are only copied or hashed as bytes, so nothing else follows. `--memory owned`
+    // takes the branch above and relies on nobody.
+    loader.allow_mapping(unsafe { MappingPermit::new() })
+}
