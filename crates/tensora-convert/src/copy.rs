@@ -70,14 +70,7 @@ pub(crate) fn run(plan: &ConversionPlan, control: &Control) -> Result<Conversion
     staging.commit(&replaced)?;
 
     let mut notes = plan.notes().to_vec();
-    notes.extend(
-        fallbacks
-            .into_iter()
-            .map(|fallback| ConversionNote::ReadBuffered {
-                path: fallback.path,
-                reason: fallback.reason,
-            }),
-    );
+    notes.extend(fallbacks.into_iter().map(buffered_note));
     Ok(ConversionReport {
         files: plan.layout.files.len() + usize::from(plan.layout.index.is_some()),
         tensors: plan.tensors(),
@@ -87,6 +80,13 @@ pub(crate) fn run(plan: &ConversionPlan, control: &Control) -> Result<Conversion
         elapsed: start.elapsed(),
         notes,
     })
+}
+
+fn buffered_note(fallback: DirectFallback) -> ConversionNote {
+    ConversionNote::ReadBuffered {
+        path: fallback.path,
+        reason: fallback.reason,
+    }
 }
 
 fn open_source(entry: &FileEntry) -> Result<SourceFile> {
@@ -394,7 +394,8 @@ mod tests {
     use super::*;
     use crate::ConvertOptions;
     use proptest::prelude::*;
-    use tensora_formats::{Dtype, TensorSpec, store_layout};
+    use tensora_formats::{CheckpointIndex, Dtype, Format, TensorSpec, store_layout};
+    use tensora_io::ReadStats;
 
     #[test]
     fn a_full_device_is_told_from_other_failures() {
@@ -433,6 +434,72 @@ mod tests {
         assert_eq!(gap(2, 2), b"ef");
         assert_eq!(gap(6, 2), [0, 0]);
         assert_eq!(gap(1 << 40, 3), [0, 0, 0]);
+    }
+
+    /// Reads nothing, and says of every file that it went through the page cache.
+    #[derive(Debug)]
+    struct Buffered;
+
+    impl Backend for Buffered {
+        fn kind(&self) -> BackendKind {
+            BackendKind::Sync
+        }
+
+        fn read(
+            &self,
+            requests: Vec<ReadRequest<'_>>,
+            _: &TransferParams,
+            _: &Control,
+        ) -> tensora_io::Result<ReadStats> {
+            let mut stats = ReadStats::default();
+            stats.fallbacks = requests
+                .iter()
+                .map(|request| DirectFallback {
+                    path: request.file.path().to_owned(),
+                    reason: "no alignment is known".to_owned(),
+                })
+                .collect();
+            Ok(stats)
+        }
+    }
+
+    #[test]
+    fn a_file_read_buffered_is_noted_once() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("model.safetensors");
+        let header = br#"{"a":{"dtype":"U8","shape":[64],"data_offsets":[0,64]}}"#;
+        let mut file = (header.len() as u64).to_le_bytes().to_vec();
+        file.extend_from_slice(header);
+        file.extend_from_slice(&[7; 64]);
+        std::fs::write(&path, file).unwrap();
+        let source = CheckpointIndex::open(&path).unwrap();
+        let plan = ConvertOptions::new(Format::ServerlessLlmStore)
+            .plan(&source, directory.path().join("target"))
+            .unwrap();
+
+        let mut reader = Reader {
+            plan: &plan,
+            sources: &[SourceFile::open(&path).unwrap()],
+            backend: &Buffered,
+            control: &Control::new(),
+            fallbacks: Vec::new(),
+        };
+        let mut region = Region::allocate(2 * index(ALIGNMENT_BYTES)).unwrap();
+        for extent in [0..32, 32..64] {
+            reader
+                .fill(&plan.layout.files[0], extent, &mut region)
+                .unwrap();
+        }
+        let notes: Vec<String> = reader
+            .fallbacks
+            .into_iter()
+            .map(|fallback| buffered_note(fallback).to_string())
+            .collect();
+        let expected = format!(
+            "{} was read buffered: no alignment is known",
+            path.display()
+        );
+        assert_eq!(notes, [expected]);
     }
 
     proptest! {
