@@ -47,6 +47,8 @@ mod residency;
 mod storage;
 #[cfg(feature = "sync")]
 mod sync;
+#[cfg(feature = "testing")]
+pub mod testing;
 #[cfg(feature = "async")]
 #[allow(unsafe_code)]
 mod tokio_backend;

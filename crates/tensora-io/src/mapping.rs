@@ -22,7 +22,7 @@ impl MappingPermit {
     /// Of every file mapped with this permit or a copy of it: while the mapping, or any [`Bytes`] made of
     /// it, is in use, nobody may truncate the file or write to it, in this process or any other. A write would
     /// change bytes behind a shared reference, which is undefined behaviour; access past a truncated
-    /// end kills the process with `SIGBUS`. Replacing the file by renaming another one over it is fine: the
+    /// end, or to a page that the device cannot deliver, kills the process with `SIGBUS`. Replacing the file by renaming another one over it is fine: the
     /// mapping keeps the old one.
     pub const unsafe fn new() -> Self {
         Self(())
@@ -83,7 +83,8 @@ impl Mapping {
     }
 
     /// Brings `ranges` (bytes of the file) into memory and into the page table, by `workers` threads in
-    /// chunks of `chunk_bytes`, so that later access neither faults nor waits. For eager use.
+    /// chunks of `chunk_bytes`, so that later access neither faults nor waits. For eager use;
+    /// [`prefetch`](Self::prefetch) is for lazy use.
     ///
     /// # Errors
     ///
@@ -140,10 +141,18 @@ impl Mapping {
             .map_or(Ok(()), Err)
     }
 
-    /// Says that pages will be used in no order, as lazy access does: the kernel then reads less ahead.
-    pub fn advise_lazy(&self) {
-        if let Some(map) = &self.map {
-            advise(map, LAZY, 0..map.len());
+    /// Has the kernel begin to read `range` (bytes of the file) without waiting for it. For lazy use: a
+    /// page that is touched before it has arrived is waited for then.
+    pub fn prefetch(&self, range: &Range<u64>) {
+        let Some(map) = &self.map else {
+            return;
+        };
+        // A range past the end is cut: there is nothing to read ahead there.
+        let clamp =
+            |position: u64| usize::try_from(position).map_or(map.len(), |at| at.min(map.len()));
+        let (start, end) = (clamp(range.start), clamp(range.end));
+        if start < end {
+            advise(map, WILL_NEED, start..end);
         }
     }
 
@@ -247,7 +256,7 @@ pub(crate) fn populate(_map: &MmapRaw, _range: Range<usize>) -> io::Result<()> {
 const HUGE: Option<Advice> = Some(Advice::HugePage);
 #[cfg(not(all(target_os = "linux", not(tensora_portable))))]
 const HUGE: Option<Advice> = None;
-const LAZY: Option<Advice> = Some(Advice::Random);
+const WILL_NEED: Option<Advice> = Some(Advice::WillNeed);
 
 /// Advice is a wish: where it is refused, everything works as before, only slower.
 fn advise(map: &MmapRaw, advice: Option<Advice>, range: Range<usize>) {

@@ -37,6 +37,15 @@ struct LazyFile {
     mapping: OnceLock<Mapping>,
 }
 
+/// When mapped bytes are needed.
+#[derive(Clone, Copy)]
+enum Use {
+    /// All of them, when the load returns.
+    Eager,
+    /// As the caller comes to them.
+    Lazy,
+}
+
 /// What one load reads: extents of files, with the tensors that lie in them.
 struct Task<'a> {
     tensors: Vec<&'a TensorEntry>,
@@ -81,14 +90,14 @@ impl LazyCheckpoint {
         self.plan_for(&self.task(&self.selected)?)
     }
 
-    /// Loads one tensor, selected or not.
+    /// Loads one tensor, selected or not. A mapped one is read ahead, but not waited for.
     ///
     /// # Errors
     ///
     /// [`Error::NoSuchTensor`], and what can go wrong with a load.
     pub fn tensor(&self, name: &str) -> Result<Tensor> {
         let number = position(&self.index, name)?;
-        let (mut tensors, ..) = self.load_task(&self.task(&[number])?)?;
+        let (mut tensors, ..) = self.load_task(&self.task(&[number])?, Use::Lazy)?;
         tensors.pop().ok_or_else(|| Error::NotSelected {
             name: name.to_owned(),
         })
@@ -102,7 +111,7 @@ impl LazyCheckpoint {
     pub fn load_all(&self) -> Result<Checkpoint> {
         let begun = Instant::now();
         let task = self.task(&self.selected)?;
-        let (tensors, plan, stats, read_elapsed) = self.load_task(&task)?;
+        let (tensors, plan, stats, read_elapsed) = self.load_task(&task, Use::Eager)?;
         let load_elapsed = begun.elapsed();
         let report = LoadReport {
             format: self.index.format(),
@@ -200,12 +209,16 @@ impl LazyCheckpoint {
     }
 
     /// Plans and reads; the time that reading took comes last.
-    fn load_task(&self, task: &Task<'_>) -> Result<(Vec<Tensor>, Plan, ReadStats, Duration)> {
+    fn load_task(
+        &self,
+        task: &Task<'_>,
+        used: Use,
+    ) -> Result<(Vec<Tensor>, Plan, ReadStats, Duration)> {
         let plan = self.plan_for(task)?;
         let begun = Instant::now();
         let (files, stats) = match plan.memory {
             MemoryKind::Owned => self.read(task, &plan)?,
-            MemoryKind::Mapped => (self.map(task, &plan)?, ReadStats::default()),
+            MemoryKind::Mapped => (self.map(task, &plan, used)?, ReadStats::default()),
         };
         let tensors = task
             .tensors
@@ -254,9 +267,9 @@ impl LazyCheckpoint {
         Ok((loaded, stats))
     }
 
-    /// Maps every file and brings the extents into memory.
+    /// Maps every file and brings the extents into memory, or, for lazy use, begins to.
     #[cfg(feature = "mmap")]
-    fn map(&self, task: &Task<'_>, plan: &Plan) -> Result<Loaded> {
+    fn map(&self, task: &Task<'_>, plan: &Plan, used: Use) -> Result<Loaded> {
         // The planner answers with mapped memory only where consent was given, that is, with a permit.
         let permit = self
             .loader
@@ -273,21 +286,34 @@ impl LazyCheckpoint {
                     lazy.get_or_init(|| made)
                 }
             };
-            mapping
-                .populate(
-                    extents,
-                    plan.params.chunk_bytes,
-                    plan.params.workers,
-                    &control,
-                )
-                .map_err(|error| self.name_tensor(error))?;
+            let mapped_bytes = mapping.len() as u64;
+            if extents.iter().any(|extent| extent.end > mapped_bytes) {
+                // Shortened between opening and mapping: there is nothing to slice.
+                return Err(Error::Changed {
+                    path: file.path().to_owned(),
+                    indexed_bytes: file.len(),
+                    actual_bytes: mapped_bytes,
+                });
+            }
+            match used {
+                Use::Eager => mapping
+                    .populate(
+                        extents,
+                        plan.params.chunk_bytes,
+                        plan.params.workers,
+                        &control,
+                    )
+                    .map_err(|error| self.name_tensor(error))?,
+                // Whoever asks for one tensor may want a few of its rows: no waiting for the rest.
+                Use::Lazy => extents.iter().for_each(|extent| mapping.prefetch(extent)),
+            }
             loaded.0[*number] = Some((None, mapping.bytes()));
         }
         Ok(loaded)
     }
 
     #[cfg(not(feature = "mmap"))]
-    fn map(&self, _task: &Task<'_>, _plan: &Plan) -> Result<Loaded> {
+    fn map(&self, _task: &Task<'_>, _plan: &Plan, _used: Use) -> Result<Loaded> {
         Err(tensora_heuristics::PlanError::MappedWithoutConsent.into())
     }
 

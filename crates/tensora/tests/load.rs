@@ -415,3 +415,26 @@ fn hands_tensors_to_the_safetensors_crate() {
         assert!(tensor.data() == bytes, "{name}");
     }
 }
+
+#[test]
+fn a_file_that_shrinks_before_it_is_mapped_is_noticed() {
+    let directory = tempfile::tempdir().unwrap();
+    write(&expected(), "page-aligned SafeTensors", directory.path());
+    let path = directory.path().join("model.safetensors");
+    let loader = Loader::new().allow_mapping(permit());
+    let opened = loader.open(&path).unwrap();
+    // Opens the file, without mapping it.
+    opened.plan().unwrap();
+    let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+    file.set_len(5000).unwrap();
+    let error = loader
+        .memory(MemoryChoice::Mapped)
+        .open(&path)
+        .and_then(|opened| opened.load_all())
+        .unwrap_err();
+    assert!(matches!(error, Error::Format(_)), "{error}");
+    let error = opened.load_all().unwrap_err();
+    assert!(error.to_string().contains("5000"), "{error}");
+    let error = opened.tensor("model.layers.9.mask").unwrap_err();
+    assert!(error.to_string().contains("5000"), "{error}");
+}

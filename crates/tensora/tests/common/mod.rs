@@ -1,5 +1,6 @@
 //! Small checkpoints with known bytes, written in every layout.
-#![allow(dead_code, unreachable_pub, reason = "each test binary uses a part")]
+#![allow(dead_code, unreachable_pub, clippy::unwrap_used)]
+// Each test binary uses a part.
 
 use std::collections::BTreeMap;
 use std::fs::File;
