@@ -1,4 +1,5 @@
 //! The same tensors come out of every layout, by every backend, in either memory.
+#![allow(clippy::unwrap_used)]
 
 mod common;
 

@@ -1,4 +1,5 @@
 //! An owned load holds its data and little more. Alone in its binary: it watches the whole process.
+#![allow(clippy::unwrap_used)]
 #![cfg(target_os = "linux")]
 
 mod common;

@@ -1,5 +1,6 @@
 //! A model that other people's software wrote, compared with how other people's software reads it.
 //! `.ci/fetch-real-model` fetches it and asks the Python package `safetensors` for its contents.
+#![allow(clippy::unwrap_used)]
 
 mod common;
 

@@ -1,5 +1,5 @@
 //! Small checkpoints with known bytes, written in every layout.
-#![allow(dead_code, unreachable_pub, clippy::unwrap_used)]
+#![allow(dead_code, unreachable_pub, clippy::unwrap_used, clippy::print_stderr)]
 // Each test binary uses a part.
 
 use std::collections::BTreeMap;
