@@ -106,6 +106,7 @@ pub use platform::{
     Availability, BackendFact, DirectSupport, FileSystemClass, HugePages, MemoryFacts, Platform,
     StorageFacts,
 };
+pub use probe::peak_resident_bytes;
 #[cfg(feature = "sync")]
 pub use sync::SyncBackend;
 #[cfg(feature = "async")]

@@ -16,6 +16,15 @@ pub(crate) use mapping::{mmap_unavailable, try_self_copy};
 #[cfg(all(target_os = "linux", not(tensora_portable), feature = "io-uring"))]
 pub(crate) use rings::{io_uring_unavailable, try_ring};
 
+/// The most physical memory that this process has had so far, in bytes; `None` where the system does
+/// not tell. Pages of mapped files count as long as they are mapped.
+pub fn peak_resident_bytes() -> Option<u64> {
+    #[cfg(all(target_os = "linux", not(tensora_portable)))]
+    return linux::peak_resident_bytes();
+    #[cfg(not(all(target_os = "linux", not(tensora_portable))))]
+    return None;
+}
+
 impl Platform {
     /// Examines this machine and this process on it.
     ///
@@ -98,6 +107,15 @@ mod linux {
         platform.memory = memory::facts(&mounts::mounts());
         platform.memlock_bytes = getrlimit(Resource::Memlock).current;
         platform.open_files = getrlimit(Resource::Nofile).current;
+    }
+
+    pub(super) fn peak_resident_bytes() -> Option<u64> {
+        let status = read_text("/proc/self/status")?;
+        let line = status
+            .lines()
+            .find_map(|line| line.strip_prefix("VmHWM:"))?;
+        let kibibytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+        kibibytes.checked_mul(1024)
     }
 
     /// A small file of the kernel, as text. Of one that is too long, the complete lines that fit.

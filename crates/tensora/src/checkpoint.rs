@@ -74,6 +74,16 @@ impl Checkpoint {
     /// When a strided tensor's bytes cannot be gathered.
     #[cfg(feature = "convert")]
     pub fn digest(&self) -> Result<tensora_convert::Digest> {
+        self.digest_with(&tensora_io::Control::new())
+    }
+
+    /// [`digest`](Self::digest), watched and stopped by `control`; its progress is in bytes hashed.
+    ///
+    /// # Errors
+    ///
+    /// As [`digest`](Self::digest), and when it was cancelled.
+    #[cfg(feature = "convert")]
+    pub fn digest_with(&self, control: &tensora_io::Control) -> Result<tensora_convert::Digest> {
         let threads =
             std::thread::available_parallelism().unwrap_or(std::num::NonZero::<usize>::MIN);
         let stored = self.tensors.iter().filter_map(|tensor| {
@@ -86,7 +96,7 @@ impl Checkpoint {
                 bytes: tensor.bytes(),
             })
         });
-        let digest = tensora_convert::content_digest(stored, threads, &tensora_io::Control::new())?;
+        let digest = tensora_convert::content_digest(stored, threads, control)?;
         Ok(digest)
     }
 

@@ -1,11 +1,10 @@
-use std::num::NonZero;
 use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::Result;
 use serde::Serialize;
-use tensora::convert::{Digest, StoredTensor, content_digest};
-use tensora::io::ReadStats;
+use tensora::convert::Digest;
+use tensora::io::{ReadStats, peak_resident_bytes};
 use tensora::{BackendKind, Checkpoint, Format, LoadReport, MemoryKind, Plan};
 
 use crate::args::LoadArgs;
@@ -28,6 +27,8 @@ struct LoadResult<'a> {
     plan_seconds: f64,
     read_seconds: f64,
     bytes_per_second: f64,
+    /// The most memory that this process has had, mapped files included; before any digest.
+    peak_resident_bytes: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     digest: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -59,26 +60,13 @@ pub(crate) fn load(arguments: &LoadArgs, console: &Console) -> Result<()> {
 
 /// The content digest of the loaded tensors.
 fn digest(checkpoint: &Checkpoint, console: &Console) -> Result<Digest> {
-    let index = checkpoint.index();
-    let tensors: Vec<_> = checkpoint
-        .iter()
-        .filter_map(|tensor| Some((index.tensor(tensor.name())?, tensor)))
-        .map(|(entry, tensor)| StoredTensor {
-            name: &entry.name,
-            dtype: entry.dtype,
-            shape: &entry.shape,
-            strides: entry.strides.as_deref(),
-            bytes: tensor.bytes(),
-        })
-        .collect();
     let total_bytes = checkpoint
         .iter()
         .map(|tensor| tensor.contiguous_bytes() as u64)
         .sum();
     let progress = Arc::new(Progress::new("hashing", console.progress));
     let control = progress.control(total_bytes);
-    let threads = std::thread::available_parallelism().unwrap_or(NonZero::<usize>::MIN);
-    Ok(content_digest(tensors, threads, &control)?)
+    Ok(checkpoint.digest_with(&control)?)
 }
 
 impl<'a> LoadResult<'a> {
@@ -94,6 +82,7 @@ impl<'a> LoadResult<'a> {
             plan_seconds: report.plan_elapsed.as_secs_f64(),
             read_seconds: report.read_elapsed.as_secs_f64(),
             bytes_per_second: report.bytes_per_second(),
+            peak_resident_bytes: peak_resident_bytes(),
             digest: None,
             digest_seconds: None,
             stats: &report.stats,
