@@ -115,6 +115,7 @@ fn conversion_hint(error: &ConvertError) -> Option<&'static str> {
         ),
         ConvertError::MemoryLimit { .. } => Some("`--memory-limit SIZE` sets the limit"),
         ConvertError::TargetOccupied { .. } => Some("`--force` replaces it"),
+        ConvertError::Cancelled => Some("what was written has been removed"),
         _ => None,
     }
 }

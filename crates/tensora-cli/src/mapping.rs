@@ -10,9 +10,10 @@ pub(crate) fn allow_mapping(loader: Loader, memory: MemoryChoice) -> Loader {
     }
     // SAFETY: the contract is that nobody truncates or rewrites the files while the tensors are in
     // use. The command uses them only until it exits and writes to none of them, but it cannot keep
-    // other processes from doing so: it relies on the user, to whom `load --help` and the README
-    // state the contract. Somebody who breaks it gets a wrong digest, or the process is killed by
-    // SIGBUS; tensors are only copied or hashed as bytes, so nothing else follows. `--memory owned`
-    // takes the branch above and relies on nobody.
+    // other processes from doing so: there it relies on the user, to whom `load --help` and the
+    // README state the contract and the consequences. Breaking it is undefined behaviour by Rust's
+    // rules. The tensors are only ever copied or hashed as plain bytes, so what comes of it is a
+    // wrong digest, or SIGBUS past a truncated end. `--memory owned` takes the branch above and
+    // relies on nobody.
     loader.allow_mapping(unsafe { MappingPermit::new() })
 }

@@ -1,7 +1,7 @@
 //! A progress bar that only shows itself when there is time to read it.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Once};
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -14,6 +14,8 @@ const PATIENCE: Duration = Duration::from_secs(1);
 pub(crate) struct Progress {
     bar: ProgressBar,
     begun: Instant,
+    enabled: bool,
+    length_known: Once,
     visible: AtomicBool,
 }
 
@@ -27,13 +29,20 @@ impl Progress {
         Self {
             bar,
             begun: Instant::now(),
-            visible: AtomicBool::new(!enabled),
+            enabled,
+            length_known: Once::new(),
+            visible: AtomicBool::new(false),
         }
     }
 
     /// `done_bytes` of `total_bytes` are done. May be called from several threads at once.
     pub(crate) fn update(&self, done_bytes: u64, total_bytes: u64) {
-        self.bar.set_length(total_bytes);
+        // Called for each read of a load that is being measured.
+        if !self.enabled {
+            return;
+        }
+        self.length_known
+            .call_once(|| self.bar.set_length(total_bytes));
         // Threads report in any order; the bar only moves forward.
         if done_bytes > self.bar.position() {
             self.bar.set_position(done_bytes);
@@ -96,6 +105,7 @@ mod tests {
         progress.update(20, 100);
         progress.update(10, 100);
         assert_eq!(progress.bar.position(), 20);
+        assert_eq!(progress.bar.length(), Some(100));
         assert!(progress.bar.is_hidden());
     }
 }

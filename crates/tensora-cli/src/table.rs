@@ -7,6 +7,9 @@ use comfy_table::{
 
 use crate::output;
 
+/// Nothing is readable in less than this, so narrower terminals have to break lines themselves.
+const MIN_WIDTH: u16 = 40;
+
 /// How a column is laid out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Column {
@@ -135,11 +138,16 @@ fn grid(style: TableStyle) -> Grid {
     let mut grid = Grid::new();
     grid.load_style(style)
         .set_content_arrangement(ContentArrangement::Dynamic);
-    // A grid that takes itself for a terminal is coloured. It only knows the width of a terminal.
+    let width = match grid.width() {
+        // A terminal that does not tell its width; nothing is wrapped then.
+        Some(0) => Some(u16::MAX),
+        width => width.map(|width| width.max(MIN_WIDTH)),
+    };
+    if let Some(width) = width {
+        grid.set_width(width);
+    }
+    // A grid that takes itself for a terminal is coloured.
     if !output::colours(&std::io::stdout()) {
-        if let Some(width) = grid.width() {
-            grid.set_width(width);
-        }
         grid.force_no_tty();
     }
     grid

@@ -463,3 +463,115 @@ impl Report for Examination {
         format!("{}\n{summary}\n", verdicts.text())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tensora::io::BackendFact;
+
+    use super::*;
+
+    /// A machine without rings, with few open files, and otherwise unknown.
+    fn examination() -> Examination {
+        let availability = |kind| match kind {
+            BackendKind::IoUring => Availability::Unavailable {
+                reason: "blocked by seccomp".to_owned(),
+                remedy: "change the profile".to_owned(),
+            },
+            _ => Availability::Available,
+        };
+        let backends = BackendKind::ALL.map(|kind| BackendFact {
+            kind,
+            availability: availability(kind),
+        });
+        let mut platform = Platform::unknown(2, backends.into());
+        platform.open_files = Some(256);
+        Examination::of_machine(platform)
+    }
+
+    #[test]
+    fn an_unavailable_backend_is_a_problem_with_a_remedy() {
+        let json = serde_json::to_value(examination()).unwrap();
+        assert_eq!(
+            json["backends"][2],
+            serde_json::json!({
+                "kind": "io-uring",
+                "status": "unavailable",
+                "reason": "blocked by seccomp",
+                "remedy": "change the profile",
+            })
+        );
+        let text = examination().text();
+        let lines: Vec<_> = text.lines().map(str::trim).collect();
+        let place = lines.iter().position(|line| line.starts_with("problem"));
+        let place = place.unwrap();
+        assert!(
+            lines[place].ends_with("unavailable: blocked by seccomp"),
+            "{text}"
+        );
+        assert_eq!(lines[place + 1], "→ change the profile");
+    }
+
+    #[test]
+    fn what_is_unknown_or_low_is_a_note() {
+        let text = examination().text();
+        for (item, remedy) in [
+            ("memory", "--memory-limit SIZE"),
+            ("open files", "ulimit -n 1024"),
+        ] {
+            let mut lines = text.lines().skip_while(|line| {
+                !line.starts_with("note") || !line.contains(&format!("  {item}  "))
+            });
+            assert!(lines.next().is_some(), "{item}: {text}");
+            assert!(lines.next().unwrap().contains(remedy), "{item}: {text}");
+        }
+        assert_eq!(text.lines().last(), Some("1 problem, 2 notes."));
+    }
+
+    #[test]
+    fn a_load_that_would_be_refused_is_a_problem() {
+        let refused = PlanError::DirectWithMmap;
+        let finding = planned(Err(refused.into())).unwrap();
+        assert!(finding.verdict == Verdict::Problem && finding.remedy.is_some());
+        assert!(
+            finding.finding.starts_with("refused: "),
+            "{}",
+            finding.finding
+        );
+        let broken = tensora::Error::NotSelected {
+            name: "x".to_owned(),
+        };
+        assert!(planned(Err(broken)).is_err());
+    }
+
+    #[test]
+    fn storage_that_bounds_the_speed_is_called_out() {
+        let mut facts = StorageFacts::unknown();
+        facts.file_system = "nfs".to_owned();
+        facts.class = FileSystemClass::Network;
+        facts.device = Some("sda".to_owned());
+        facts.rotational = Some(true);
+        let findings = storage(&facts);
+        let notes: Vec<_> = findings
+            .iter()
+            .filter(|finding| finding.verdict == Verdict::Note)
+            .map(|finding| finding.item.as_str())
+            .collect();
+        assert_eq!(notes, ["file system", "device", "direct I/O", "page cache"]);
+
+        facts.class = FileSystemClass::Local;
+        facts.rotational = Some(false);
+        facts.direct = DirectSupport::Supported {
+            offset_align_bytes: 512,
+            memory_align_bytes: 4,
+        };
+        facts.file_bytes = 200;
+        facts.resident_bytes = Some(50);
+        let findings = storage(&facts);
+        assert!(
+            findings
+                .iter()
+                .all(|finding| finding.verdict == Verdict::Ok)
+        );
+        assert_eq!(findings[3].finding, "holds 25 % of the files: 50 bytes");
+    }
+}

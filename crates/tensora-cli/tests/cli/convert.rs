@@ -1,0 +1,262 @@
+use std::fs;
+use std::path::Path;
+
+use serde_json::Value;
+
+use crate::support::{TENSOR_COUNT, args, assert_fields, data_bytes, run, sharded, single, sparse};
+
+const FIELDS: &[(&str, &str)] = &[
+    ("source_format", "string"),
+    ("target_format", "string"),
+    ("target", "string"),
+    ("dry_run", "boolean"),
+    ("tensor_count", "count"),
+    ("data_bytes", "count"),
+    ("target_bytes", "count"),
+    ("padding_bytes", "count"),
+    ("files", "array"),
+    ("notes", "array"),
+];
+
+fn names(directory: &Path) -> Vec<String> {
+    let entries = fs::read_dir(directory).unwrap();
+    let mut names: Vec<_> = entries
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    names
+}
+
+#[track_caller]
+fn digest(path: &Path) -> Value {
+    run(args!["load", path, "--digest", "--json"]).json()["digest"].clone()
+}
+
+#[test]
+fn a_dry_run_says_what_a_run_writes_and_writes_nothing() {
+    let source = sharded();
+    let directory = tempfile::tempdir().unwrap();
+    let target = directory.path().join("out");
+    let convert = args![
+        "convert",
+        source.path(),
+        target,
+        "--to=serverlessllm-store",
+        "--json"
+    ];
+    let dry = run(convert.clone().into_iter().chain(args!["--dry-run"])).json();
+    assert_fields(&dry, FIELDS);
+    assert_eq!(dry["dry_run"], true);
+    assert_eq!(dry.get("elapsed_seconds"), None);
+    assert_eq!(names(directory.path()), [""; 0]);
+
+    let wet = run(&convert).json();
+    assert_fields(&wet, FIELDS);
+    assert_fields(
+        &wet,
+        &[
+            ("elapsed_seconds", "number"),
+            ("bytes_per_second", "number"),
+            ("buffer_bytes", "count"),
+        ],
+    );
+    assert_eq!(wet["dry_run"], false);
+    for field in [
+        "tensor_count",
+        "data_bytes",
+        "target_bytes",
+        "padding_bytes",
+        "files",
+    ] {
+        assert_eq!(dry[field], wet[field], "{field}");
+    }
+    assert_eq!(wet["tensor_count"], TENSOR_COUNT);
+    assert_eq!(wet["data_bytes"], data_bytes());
+    let mut listed = Vec::new();
+    for file in wet["files"].as_array().unwrap() {
+        let name = file["path"].as_str().unwrap();
+        assert_eq!(
+            file["bytes"],
+            fs::metadata(target.join(name)).unwrap().len()
+        );
+        listed.push(name.to_owned());
+    }
+    listed.sort();
+    assert_eq!(names(&target), listed);
+}
+
+#[test]
+fn both_dialects_hold_the_same_content() {
+    let source = sharded();
+    let expected = digest(source.path());
+    let directory = tempfile::tempdir().unwrap();
+    for (format, option, partitions) in [
+        ("serverlessllm-store", "--partition-bytes=40KiB", 3),
+        ("serverlessllm-store", "--memory-limit=1MiB", 1),
+        ("serverlessllm-partitioned", "--partitions=3", 3),
+        ("serverlessllm-partitioned", "--memory-limit=2MiB", 1),
+    ] {
+        let target = directory.path().join(format!("{format}{option}"));
+        run(args![
+            "convert",
+            source.path(),
+            target,
+            "--to",
+            format,
+            option
+        ])
+        .text();
+        let inspection = run(args!["inspect", target, "--json"]).json();
+        assert_eq!(inspection["format"], format);
+        let files = inspection["files"].as_array().unwrap().len();
+        assert_eq!(files, partitions, "{format} {option}");
+        assert_eq!(digest(&target), expected, "{format} {option}");
+    }
+}
+
+#[test]
+fn replacing_takes_force() {
+    let (_directory, source) = single();
+    let target = tempfile::tempdir().unwrap();
+    let convert = args![
+        "convert",
+        source,
+        target.path(),
+        "--to",
+        "serverlessllm-store"
+    ];
+    run(&convert).text();
+    let error = run(&convert).failure(1);
+    assert!(error.contains("hint: `--force`"), "{error}");
+    run(convert.clone().into_iter().chain(args!["--force"])).text();
+    assert_eq!(digest(target.path()), digest(&source));
+}
+
+#[test]
+fn people_get_a_summary() {
+    let (_directory, source) = single();
+    let target = tempfile::tempdir().unwrap();
+    let convert = args![
+        "convert",
+        source,
+        target.path(),
+        "--to",
+        "serverlessllm-partitioned"
+    ];
+    let text = run(convert.clone().into_iter().chain(args!["--dry-run"])).text();
+    assert!(text.contains("nothing was written"), "{text}");
+    let text = run(&convert).text();
+    for label in [
+        "from ", "to ", "tensors ", "files ", "time ", "speed ", "note ", "file ",
+    ] {
+        let found = text.lines().any(|line| line.starts_with(label));
+        assert!(found, "{label}: {text}");
+    }
+    assert!(text.contains("__metadata__ dropped"), "{text}");
+}
+
+#[test]
+fn options_of_the_other_dialect_are_refused() {
+    let (_directory, source) = single();
+    let target = tempfile::tempdir().unwrap();
+    for (format, option) in [
+        ("serverlessllm-store", "--partitions=2"),
+        ("serverlessllm-partitioned", "--partition-bytes=1MiB"),
+    ] {
+        let error = run(args![
+            "convert",
+            source,
+            target.path(),
+            "--to",
+            format,
+            option
+        ])
+        .failure(1);
+        assert!(
+            error.contains("hint: `--partitions N` goes with"),
+            "{error}"
+        );
+    }
+    let error = run(args![
+        "convert",
+        source,
+        target.path(),
+        "--to",
+        "serverlessllm-store",
+        "--memory-limit=1K"
+    ])
+    .failure(1);
+    assert!(error.contains("hint: `--memory-limit SIZE`"), "{error}");
+    assert_eq!(names(target.path()), [""; 0]);
+}
+
+#[test]
+fn a_target_format_is_needed_and_must_be_one_that_is_written() {
+    for arguments in [
+        &["convert", "source", "target"][..],
+        &["convert", "source", "target", "--to", "safetensors"],
+        &[
+            "convert",
+            "source",
+            "target",
+            "--to",
+            "serverlessllm-store",
+            "--partition-bytes=0",
+        ],
+    ] {
+        let error = run(arguments).failure(2);
+        assert!(
+            error.contains("--to") || error.contains("more than 0"),
+            "{error}"
+        );
+    }
+}
+
+/// An interrupt ends a conversion early and leaves nothing behind, wherever it comes.
+#[cfg(unix)]
+#[test]
+fn an_interrupt_removes_what_was_written() {
+    use std::process::{Command, Stdio};
+    use std::time::{Duration, Instant};
+
+    let directory = tempfile::tempdir().unwrap();
+    let source = directory.path().join("model.safetensors");
+    sparse(&source, 96 << 20);
+    let target = directory.path().join("out");
+    let child = crate::support::tensora()
+        .args(args![
+            "convert",
+            source,
+            target,
+            "--to",
+            "serverlessllm-store"
+        ])
+        .args(["--memory-limit", "1MiB"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    // A temporary file is there: the conversion is under way.
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !target.exists() || names(&target).is_empty() {
+        assert!(Instant::now() < deadline, "nothing was written");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    // Not waited for yet, so the number is still the child's, even if it has ended.
+    let kill = Command::new("kill")
+        .args(["-INT", &child.id().to_string()])
+        .status();
+    assert!(kill.unwrap().success());
+    let answer = crate::support::Answer::from(child.wait_with_output().unwrap());
+    // A signal that comes while the last file is renamed comes too late to stop anything.
+    if answer.status == Some(0) {
+        assert_eq!(names(&target), ["tensor.data_0", "tensor_index.json"]);
+    } else {
+        assert!(answer.failure(130).contains("cancelled"));
+        assert!(
+            !target.exists() || names(&target).is_empty(),
+            "{:?}",
+            names(&target)
+        );
+    }
+}

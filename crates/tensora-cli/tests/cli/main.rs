@@ -1,0 +1,15 @@
+//! The promises of the `tensora` command, held by running the built binary.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::cast_possible_truncation,
+    clippy::print_stderr
+)]
+
+mod convert;
+mod doctor;
+mod inspect;
+mod load;
+mod plan;
+mod support;
+mod usage;
