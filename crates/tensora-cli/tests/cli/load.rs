@@ -6,7 +6,7 @@ use std::path::Path;
 use tensora::BackendKind;
 
 use crate::support::{
-    Answer, TENSOR_COUNT, args, assert_fields, available, data_bytes, run, sharded, single, strided,
+    TENSOR_COUNT, args, assert_fields, available, data_bytes, run, sharded, single, strided,
 };
 
 const FIELDS: &[(&str, &str)] = &[
@@ -183,9 +183,9 @@ fn tracing_leaves_standard_output_alone() {
 
 /// Runs the command with room for so few open files that it can open a checkpoint but make no
 /// ring; just runs it where rings do not work anyway.
-#[cfg(unix)]
-fn without_rings(path: &Path, options: &str) -> Answer {
-    let shell = |limit: u32| -> Answer {
+#[cfg(all(target_os = "linux", not(tensora_portable)))]
+fn without_rings(path: &Path, options: &str) -> crate::support::Answer {
+    let shell = |limit: u32| -> crate::support::Answer {
         let program = env!("CARGO_BIN_EXE_tensora");
         let path = path.display();
         let script = format!("ulimit -n {limit}; exec '{program}' load '{path}' {options}");
@@ -202,7 +202,7 @@ fn without_rings(path: &Path, options: &str) -> Answer {
         .expect("a limit at which a file can be opened and a ring cannot be made")
 }
 
-#[cfg(unix)]
+#[cfg(all(target_os = "linux", not(tensora_portable)))]
 #[test]
 fn a_named_backend_is_never_replaced() {
     let (_directory, path) = single();

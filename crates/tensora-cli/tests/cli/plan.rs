@@ -1,4 +1,6 @@
-use crate::support::{args, assert_fields, data_bytes, run, sharded};
+use tensora::BackendKind;
+
+use crate::support::{args, assert_fields, available, data_bytes, run, sharded};
 
 #[test]
 fn json_is_the_plans_own() {
@@ -75,6 +77,9 @@ fn only_owned_memory_denies_mappings() {
         ("mapped", "granted"),
         ("owned", "denied"),
     ] {
+        if memory == "mapped" && !available(BackendKind::Mmap, "consent by --memory mapped") {
+            continue;
+        }
         let plan = run(args![
             "plan",
             directory.path(),
