@@ -49,6 +49,13 @@ fn json_has_every_field_of_the_contract() {
     assert_eq!(load["plan"]["backend"], load["backend"]);
     assert_eq!(load["plan"]["memory"], load["memory"]);
     assert_eq!(load.get("digest"), None);
+    // A system that does not tell answers null.
+    let peak = &load["peak_resident_bytes"];
+    assert!(load.get("peak_resident_bytes").is_some(), "{load}");
+    assert!(
+        peak.is_null() || peak.as_u64() > Some(data_bytes()),
+        "{load}"
+    );
     let seconds = |name: &str| load[name].as_f64().unwrap();
     let parts = seconds("open_seconds") + seconds("plan_seconds") + seconds("read_seconds");
     assert!((seconds("elapsed_seconds") - parts).abs() < 1e-6, "{load}");
