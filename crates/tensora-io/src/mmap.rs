@@ -165,6 +165,7 @@ fn copy_rest(file: &SourceFile, map: &MmapRaw, operation: &mut Operation) -> io:
     // reads from the mapping, checking each page as it goes, so one that cannot be had is an error here.
     let copied =
         unsafe { libc::process_vm_readv(own, &raw const local, 1, &raw const remote, 1, 0) };
+    forget(map, begin..begin + len);
     match usize::try_from(copied) {
         Ok(copied) => Ok(copied),
         Err(_) => {
@@ -180,4 +181,16 @@ fn copy_rest(file: &SourceFile, map: &MmapRaw, operation: &mut Operation) -> io:
             Err(error)
         }
     }
+}
+
+/// Takes a range out of the page table again. Its pages stay in the page cache; but as long as they are mapped
+/// they count as resident memory of this process, beside the destination.
+fn forget(map: &MmapRaw, range: std::ops::Range<usize>) {
+    // SAFETY: no reference into the mapping exists, here or elsewhere: only the kernel copies out of it,
+    // and it faults a page in again if another worker still needs it. The mapping is of a file and
+    // read-only, so no content is lost.
+    let forgotten = unsafe {
+        map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, range.start, range.len())
+    };
+    debug_assert!(forgotten.is_ok(), "advice on an own mapping: {forgotten:?}");
 }
