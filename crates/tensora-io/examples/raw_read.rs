@@ -116,9 +116,9 @@ mod linux {
 
     fn read_with_ring(files: &[File], jobs: &Mutex<Vec<Job<'_>>>) {
         let mut ring = IoUring::new(DEPTH as u32).unwrap();
-        let mut small: Vec<Region> = (0..DEPTH)
-            .map(|_| Region::allocate(CHUNK_BYTES).unwrap())
-            .collect();
+        // One region, so that the small buffers are made of huge pages too.
+        let mut region = Region::allocate(DEPTH * CHUNK_BYTES).unwrap();
+        let mut small: Vec<&mut [u8]> = region.as_mut_slice().chunks_mut(CHUNK_BYTES).collect();
         let mut free: Vec<usize> = (0..DEPTH).collect();
         let mut asked = [0; DEPTH];
         loop {
@@ -130,10 +130,7 @@ mod linux {
                 };
                 free.pop();
                 asked[slot] = ask;
-                let target = memory.map_or_else(
-                    || small[slot].as_mut_slice().as_mut_ptr(),
-                    <[u8]>::as_mut_ptr,
-                );
+                let target = memory.map_or_else(|| small[slot].as_mut_ptr(), <[u8]>::as_mut_ptr);
                 let entry =
                     opcode::Read::new(types::Fd(files[file].as_raw_fd()), target, ask as u32)
                         .offset(offset)

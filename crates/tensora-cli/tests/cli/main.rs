@@ -11,5 +11,6 @@ mod doctor;
 mod inspect;
 mod load;
 mod plan;
+mod readme;
 mod support;
 mod usage;
