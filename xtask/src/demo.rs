@@ -17,6 +17,9 @@ pub struct DemoArguments {
     /// Which checkpoint to load; it is generated if it is missing
     #[arg(long, value_name = "PRESET", default_value = "qwen3-0.6b")]
     preset: String,
+    /// The format on disk; given several times, all must hold the same tensors
+    #[arg(long = "layout", value_name = "FORMAT", default_value = "safetensors")]
+    layouts: Vec<Format>,
     /// The folder that holds the fixtures; `fixtures` in the repository unless given
     #[arg(long, value_name = "DIR")]
     fixtures: Option<PathBuf>,
@@ -57,50 +60,58 @@ impl DemoArguments {
             .fixtures
             .clone()
             .unwrap_or_else(fixtures::default_folder);
-        let checkpoint =
-            fixtures::ensure(preset, Format::Safetensors, &fixtures::Options::new(folder))?;
-
-        println!("\n$ tensora plan {}", self.preset);
-        let status = Command::new(&tensora)
-            .arg("plan")
-            .arg(&checkpoint)
-            .status()?;
-        ensure!(status.success(), "tensora plan failed");
-
-        println!(
-            "\nEach way once, with nothing in the page cache, then again with everything in it."
-        );
-        println!("One round is a look, not a measurement; `cargo xtask bench` measures.\n");
-        println!(
-            "{:<10} {:<6} {:<9} {:<7} {:<7} {:>9} {:>8}  content digest",
-            "asked for", "cache", "backend", "memory", "direct", "seconds", "GB/s"
-        );
+        let options = fixtures::Options::new(folder);
         let mut digests = Vec::new();
-        let index = CheckpointIndex::open(&checkpoint)?;
-        let files: Vec<_> = index.files().iter().map(|file| file.path.clone()).collect();
-        for state in [CacheState::Cold, CacheState::Warm] {
-            for choice in ["auto", "sync", "async", "io-uring", "mmap"] {
-                tensora_benches::prepare(&files, state)?;
-                let loaded = load(&tensora, &checkpoint, choice)?;
-                println!(
-                    "{choice:<10} {state:<6} {:<9} {:<7} {:<7} {:>9.3} {:>8.2}  {}…",
-                    loaded.backend,
-                    loaded.memory,
-                    if loaded.plan.direct { "yes" } else { "no" },
-                    loaded.elapsed_seconds,
-                    loaded.bytes_per_second / 1e9,
-                    &loaded.digest[..16.min(loaded.digest.len())],
-                );
-                digests.push(loaded.digest);
-            }
+        for &layout in &self.layouts {
+            let checkpoint = fixtures::ensure(preset, layout, &options)?;
+            digests.extend(show(&tensora, &checkpoint)?);
         }
         ensure!(
             digests.windows(2).all(|pair| pair[0] == pair[1]),
             "the loads gave different tensors"
         );
-        println!("\nAll ten loads gave the same tensors.");
+        println!(
+            "\nAll {} loads gave the same tensors, content digest {}.",
+            digests.len(),
+            digests.first().map_or("", String::as_str)
+        );
         Ok(())
     }
+}
+
+/// Explains the plan for one checkpoint and loads it every way; the digest of each load.
+fn show(tensora: &Path, checkpoint: &Path) -> Result<Vec<String>> {
+    let name = checkpoint.file_name().unwrap_or_default().display();
+    println!("\n$ tensora plan {name}");
+    let status = Command::new(tensora).arg("plan").arg(checkpoint).status()?;
+    ensure!(status.success(), "tensora plan failed");
+
+    println!("\nEach way once, with nothing in the page cache, then again with everything in it.");
+    println!("One round is a look, not a measurement; `cargo xtask bench` measures.\n");
+    println!(
+        "{:<10} {:<6} {:<9} {:<7} {:<7} {:>9} {:>8}  content digest",
+        "asked for", "cache", "backend", "memory", "direct", "seconds", "GB/s"
+    );
+    let index = CheckpointIndex::open(checkpoint)?;
+    let files: Vec<_> = index.files().iter().map(|file| file.path.clone()).collect();
+    let mut digests = Vec::new();
+    for state in [CacheState::Cold, CacheState::Warm] {
+        for choice in ["auto", "sync", "async", "io-uring", "mmap"] {
+            tensora_benches::prepare(&files, state)?;
+            let loaded = load(tensora, checkpoint, choice)?;
+            println!(
+                "{choice:<10} {state:<6} {:<9} {:<7} {:<7} {:>9.3} {:>8.2}  {}…",
+                loaded.backend,
+                loaded.memory,
+                if loaded.plan.direct { "yes" } else { "no" },
+                loaded.elapsed_seconds,
+                loaded.bytes_per_second / 1e9,
+                &loaded.digest[..16.min(loaded.digest.len())],
+            );
+            digests.push(loaded.digest);
+        }
+    }
+    Ok(digests)
 }
 
 fn load(tensora: &Path, checkpoint: &Path, choice: &str) -> Result<Loaded> {
