@@ -24,7 +24,7 @@ mod surroundings;
 use std::fmt;
 use std::io::Write as _;
 use std::path::PathBuf;
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::Duration;
 
 use crate::Backend;
@@ -288,7 +288,9 @@ pub fn signals(make: &dyn Fn() -> Box<dyn Backend>, options: &Options) {
 ///
 /// When that file cannot be written: a skip must not go unnoticed.
 pub fn skip(reason: &str) {
-    let line = format!("SKIP: {}\n", reason.replace('\n', " "));
+    let reason = reason.replace('\n', " ");
+    let line = format!("SKIP: {reason}\n");
+    skips().push(reason);
     // A closed standard error is no reason to fail.
     let _ = std::io::stderr().write_all(line.as_bytes());
     if let Some(path) = std::env::var_os("TENSORA_SKIP_LOG") {
@@ -302,4 +304,14 @@ pub fn skip(reason: &str) {
             panic!("TENSORA_SKIP_LOG={}: {error}", path.display());
         }
     }
+}
+
+/// The reasons of all skips that this process has recorded so far.
+pub fn skipped() -> Vec<String> {
+    skips().clone()
+}
+
+fn skips() -> MutexGuard<'static, Vec<String>> {
+    static SKIPS: Mutex<Vec<String>> = Mutex::new(Vec::new());
+    SKIPS.lock().unwrap_or_else(PoisonError::into_inner)
 }

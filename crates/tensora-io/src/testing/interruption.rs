@@ -5,7 +5,7 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::mpsc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::fixture::{Arena, KIB, MIB, Place, Progress, Sample, Slot, Trial, params};
 use crate::{CancelToken, Control, DirectPolicy, Error, TransferParams};
@@ -142,7 +142,7 @@ pub(super) fn cancelled_from_another_thread(trial: Trial) {
 
 /// Cancelled after a random time, a load is either complete and right, or cancelled and over.
 pub(super) fn cancelled_at_any_time(trial: Trial) {
-    let sample = trial.sample("sample", 2 * MIB + 5);
+    let sample = trial.sample("sample", 4 * MIB + 5);
     let mut random = trial.random();
     for &direct in trial.policies(&sample.source) {
         for round in 0..24 {
@@ -153,14 +153,26 @@ pub(super) fn cancelled_at_any_time(trial: Trial) {
                 direct,
             };
             let slots = [sample.whole(), sample.slot(777, 300_000)];
+            let begin = Instant::now();
+            let (_, whole) = trial.attempt(&slots, &params, &Control::new());
+            assert!(whole.is_ok(), "{whole:?} with {params:?}");
+            // Sometimes before the load begins or after its end, mostly in between.
+            let pause = begin.elapsed().mul_f64(random.below(120) as f64 / 100.0);
             let token = CancelToken::new();
             let control = Control::new().with_cancel(token.clone());
-            let pause = Duration::from_micros(random.next() % 3000);
             let (mut arena, outcome) = std::thread::scope(|scope| {
+                let (ready, is_ready) = mpsc::channel();
                 scope.spawn(move || {
-                    std::thread::sleep(pause);
+                    // The receiver waits for this.
+                    let _ = ready.send(());
+                    let begin = Instant::now();
+                    // Sleeping is not precise enough for loads of less than a millisecond.
+                    while begin.elapsed() < pause {
+                        std::hint::spin_loop();
+                    }
                     token.cancel();
                 });
+                let _ = is_ready.recv();
                 trial.attempt(&slots, &params, &control)
             });
             match outcome {
