@@ -14,5 +14,5 @@ mod report;
 
 pub use case::{Case, CaseKind};
 pub use measure::{Bench, Subject, run};
-pub use pages::{CacheState, prepare};
+pub use pages::{CacheState, prepare, prime_memory};
 pub use report::{Cell, Finding, Host, OpenTimes, Run, Sample};

@@ -87,8 +87,13 @@ fn resident(file: &SourceFile) -> Result<u64> {
         .context("this system does not tell what is in the page cache")
 }
 
-/// Touches as much memory as a case will need and gives it back.
-pub(crate) fn prime_memory(bytes: u64) -> Result<()> {
+/// Touches as much memory as a load will need and gives it back: a virtual machine's first touch of
+/// memory that it had returned to its host is several times slower than the next.
+///
+/// # Errors
+///
+/// When there is not that much memory.
+pub fn prime_memory(bytes: u64) -> Result<()> {
     let mut region = Region::allocate(usize::try_from(bytes)?)?;
     region
         .as_mut_slice()
