@@ -44,7 +44,7 @@ const DEFECTS: &[(D, &str, &str)] = &[
     (D::CopiesWhatIsAligned, "aligned_reads_need_no_scratch", "went through scratch"),
     (D::HidesFallbacks, "memory_file_system", "or the fallback recorded"),
     (D::ClampsParameters, "invalid_parameters", "outside its range"),
-    (D::OverflowsOffsets, "overflowing_offsets", "overflow"),
+    (D::OverflowsOffsets, "overflowing_offsets", "the defect's own overflow"),
     (D::SwallowsTheEnd, "range_past_the_end", "gave Ok"),
     (D::SwallowsTheEnd, "truncated_while_reading", "all of a file arrived"),
     (D::NamesTheWrongRange, "range_past_the_end", "which was asked for"),

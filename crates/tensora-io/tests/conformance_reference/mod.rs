@@ -254,7 +254,7 @@ impl Reference {
         let len = target.len as u64;
         let mut end = match offset.checked_add(len) {
             Some(end) if i64::try_from(end).is_ok() => end,
-            _ if self.is(D::OverflowsOffsets) => offset + len,
+            _ if self.is(D::OverflowsOffsets) => panic!("the defect's own overflow"),
             _ => {
                 return Err(Error::RangeOverflow {
                     path: source.path().to_owned(),
@@ -531,7 +531,7 @@ impl Backend for Reference {
         match self.defect {
             D::KeepsDescriptors => std::mem::forget(File::open("/dev/null").unwrap()),
             D::KeepsThreads => drop(std::thread::spawn(std::thread::park)),
-            D::KeepsMemory => std::mem::forget(vec![1_u8; 512 << 10]),
+            D::KeepsMemory => std::mem::forget(std::hint::black_box(vec![1_u8; 512 << 10])),
             _ => {}
         }
         assert!(!self.dead.load(Ordering::Relaxed), "the defect's own panic");
