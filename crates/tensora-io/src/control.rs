@@ -74,11 +74,6 @@ impl Control {
         self
     }
 
-    /// The token that stops the batch.
-    pub fn cancel_token(&self) -> &CancelToken {
-        &self.cancel
-    }
-
     /// Whether the batch shall stop.
     pub fn is_cancelled(&self) -> bool {
         self.cancel.is_cancelled()

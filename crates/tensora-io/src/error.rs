@@ -58,17 +58,6 @@ pub enum Error {
         found: &'static str,
     },
 
-    /// A path named one file when it was opened and another one when it was opened again.
-    #[error(
-        "{} was replaced while it was being opened (device and inode differ); \
-         let the writer finish, then load again",
-        .path.display()
-    )]
-    Replaced {
-        /// The path.
-        path: PathBuf,
-    },
-
     /// Direct I/O was required, and this file cannot be read that way.
     #[error(
         "direct I/O is required, but {} cannot be read with it: {reason}; \
@@ -175,7 +164,6 @@ impl Error {
             | Self::Read { path, .. }
             | Self::UnexpectedEof { path, .. }
             | Self::NotARegularFile { path, .. }
-            | Self::Replaced { path }
             | Self::DirectUnsupported { path, .. }
             | Self::RangeOverflow { path, .. } => Some(path),
             _ => None,

@@ -2,7 +2,7 @@ use std::fs::{File, OpenOptions};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-use crate::direct::{self, DirectFile};
+use crate::direct::{self, DirectFile, DirectRefusal};
 use crate::{DirectSupport, Error, Result};
 
 /// A regular file, opened for reading.
@@ -15,7 +15,7 @@ pub struct SourceFile {
     path: PathBuf,
     file: File,
     len: u64,
-    direct: OnceLock<Result<DirectFile, String>>,
+    direct: OnceLock<Result<DirectFile, DirectRefusal>>,
 }
 
 impl SourceFile {
@@ -70,8 +70,8 @@ impl SourceFile {
                 offset_align_bytes: direct.offset_align_bytes,
                 memory_align_bytes: direct.memory_align_bytes,
             },
-            Err(reason) => DirectSupport::Unsupported {
-                reason: reason.to_owned(),
+            Err(refusal) => DirectSupport::Unsupported {
+                reason: refusal.to_string(),
             },
         }
     }
@@ -81,12 +81,20 @@ impl SourceFile {
         &self.file
     }
 
-    /// The descriptor for direct reads and its alignment, or why there is none.
-    pub(crate) fn direct(&self) -> Result<&DirectFile, &str> {
-        self.direct
-            .get_or_init(|| direct::open(&self.path, &self.file))
-            .as_ref()
-            .map_err(String::as_str)
+    /// The descriptor for direct reads and its alignment, or why there is none. What a later try
+    /// could change is not remembered.
+    pub(crate) fn direct(&self) -> Result<&DirectFile, DirectRefusal> {
+        if let Some(known) = self.direct.get() {
+            return known.as_ref().map_err(Clone::clone);
+        }
+        match direct::open(&self.path, &self.file) {
+            Err(passing @ DirectRefusal::Failed { .. }) => Err(passing),
+            found => self
+                .direct
+                .get_or_init(|| found)
+                .as_ref()
+                .map_err(Clone::clone),
+        }
     }
 }
 
@@ -97,8 +105,7 @@ fn open_regular(path: &Path) -> Result<(File, std::fs::Metadata)> {
     #[cfg(all(target_os = "linux", not(tensora_portable)))]
     {
         use std::os::unix::fs::OpenOptionsExt;
-        // A FIFO without a writer, or a device, would otherwise hold up the open itself. The flag has
-        // no effect on the reads of a regular file.
+        // A FIFO without a writer, or a device, would otherwise hold up the open itself.
         options.custom_flags(rustix::fs::OFlags::NONBLOCK.bits().cast_signed());
     }
     #[cfg(not(all(target_os = "linux", not(tensora_portable))))]
@@ -115,6 +122,8 @@ fn open_regular(path: &Path) -> Result<(File, std::fs::Metadata)> {
         .metadata()
         .map_err(|source| Error::file("stat", path, source))?;
     require_regular(path, &metadata)?;
+    #[cfg(all(target_os = "linux", not(tensora_portable)))]
+    direct::set_blocking(&file).map_err(|source| Error::file("open", path, source))?;
     Ok((file, metadata))
 }
 

@@ -77,14 +77,17 @@ mod transfer;
 #[cfg(all(feature = "io-uring", target_os = "linux", not(tensora_portable)))]
 #[allow(unsafe_code)]
 mod uring;
-#[cfg(any(
-    feature = "sync",
-    all(
-        any(feature = "io-uring", feature = "mmap"),
+#[cfg_attr(
+    not(all(
+        feature = "sync",
+        feature = "async",
+        feature = "io-uring",
+        feature = "mmap",
         target_os = "linux",
         not(tensora_portable)
-    )
-))]
+    )),
+    allow(dead_code)
+)]
 mod workers;
 
 pub use backend::{

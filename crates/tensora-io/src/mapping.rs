@@ -1,13 +1,12 @@
 use std::io;
 use std::ops::Range;
-use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
 use memmap2::{Advice, MmapOptions, MmapRaw};
 
-use crate::{Control, Error, Result, SourceFile};
+use crate::workers::{Crew, lock};
+use crate::{Control, Error, Result, SourceFile, TransferParams};
 
 /// Shows that somebody has taken on the contract of exposed mappings. Without one, no [`Mapping`] can
 /// be made, so the place where the promise is given can be found by looking for `unsafe`.
@@ -34,7 +33,6 @@ impl MappingPermit {
 #[derive(Clone, Debug)]
 pub struct Mapping {
     map: Option<Arc<MmapRaw>>,
-    path: Arc<Path>,
 }
 
 impl Mapping {
@@ -48,7 +46,6 @@ impl Mapping {
     pub fn new(file: &SourceFile, _permit: MappingPermit) -> Result<Self> {
         Ok(Self {
             map: map_file(file)?.map(Arc::new),
-            path: file.path().into(),
         })
     }
 
@@ -83,62 +80,56 @@ impl Mapping {
     }
 
     /// Brings `ranges` (bytes of the file) into memory and into the page table, by `workers` threads in
-    /// chunks of `chunk_bytes`, so that later access neither faults nor waits. For eager use;
-    /// [`prefetch`](Self::prefetch) is for lazy use.
+    /// chunks of `chunk_bytes` (at least a page), so that later access neither faults nor waits. For
+    /// eager use; [`prefetch`](Self::prefetch) is for lazy use. `file` is the one that was mapped.
     ///
     /// # Errors
     ///
     /// [`Error::UnexpectedEof`] when a range ends past the file, or the file was shortened meanwhile;
-    /// [`Error::Read`] when the device fails; [`Error::Cancelled`].
+    /// [`Error::Read`] when the device fails; [`Error::Thread`]; [`Error::Cancelled`].
+    ///
+    /// # Panics
+    ///
+    /// A panic of a progress callback is passed on.
     pub fn populate(
         &self,
+        file: &SourceFile,
         ranges: &[Range<u64>],
         chunk_bytes: u64,
         workers: u32,
         control: &Control,
     ) -> Result<()> {
-        let mut chunks = Vec::new();
-        for range in ranges.iter().filter(|range| range.start < range.end) {
-            if range.end > self.len() as u64 {
-                return Err(self.eof(range, self.len() as u64));
-            }
-            chunks.extend(chunks_of(range, chunk_bytes.max(1)));
+        let mapped_end = self.len() as u64;
+        if let Some(range) = ranges.iter().find(|range| range.end > mapped_end) {
+            return Err(eof(file, range, mapped_end));
         }
-        let next = AtomicUsize::new(0);
-        let stop = AtomicBool::new(false);
-        let failure = Mutex::new(None);
-        let work = || {
-            while let Some(chunk) = chunks.get(next.fetch_add(1, Ordering::Relaxed)) {
-                if stop.load(Ordering::Acquire) {
+        let chunk_bytes = chunk_bytes.max(TransferParams::MIN_CHUNK_BYTES);
+        let chunk_count: u64 = ranges
+            .iter()
+            .map(|range| range.end.saturating_sub(range.start).div_ceil(chunk_bytes))
+            .sum();
+        let chunks = Mutex::new(
+            ranges
+                .iter()
+                .flat_map(|range| chunks_of(range, chunk_bytes)),
+        );
+        let crew = Crew::default();
+        let threads = u64::from(workers.max(1)).min(chunk_count);
+        crew.run("tensora-populate", threads, &|| {
+            while !crew.is_stopped() {
+                let Some(chunk) = lock(&chunks).next() else {
                     return;
-                }
-                let result = control.check().and_then(|()| self.populate_chunk(chunk));
-                if let Err(error) = result {
-                    stop.store(true, Ordering::Release);
-                    failure
-                        .lock()
-                        .unwrap_or_else(PoisonError::into_inner)
-                        .get_or_insert(error);
-                    return;
-                }
-                control.advance(chunk.end - chunk.start);
-            }
-        };
-        let threads = (workers.max(1) as usize).min(chunks.len());
-        std::thread::scope(|scope| {
-            let spawned: Vec<_> = (1..threads).map(|_| scope.spawn(work)).collect();
-            work();
-            for thread in spawned {
-                if let Err(panic) = thread.join() {
-                    stop.store(true, Ordering::Release);
-                    std::panic::resume_unwind(panic);
+                };
+                let done = control
+                    .check()
+                    .and_then(|()| self.populate_chunk(file, &chunk));
+                match done {
+                    Ok(()) => control.advance(chunk.end - chunk.start),
+                    Err(error) => crew.fail(error),
                 }
             }
         });
-        failure
-            .into_inner()
-            .unwrap_or_else(PoisonError::into_inner)
-            .map_or(Ok(()), Err)
+        crew.finish()
     }
 
     /// Has the kernel begin to read `range` (bytes of the file) without waiting for it. For lazy use: a
@@ -156,7 +147,7 @@ impl Mapping {
         }
     }
 
-    fn populate_chunk(&self, chunk: &Range<u64>) -> Result<()> {
+    fn populate_chunk(&self, file: &SourceFile, chunk: &Range<u64>) -> Result<()> {
         let Some(map) = &self.map else {
             return Ok(());
         };
@@ -168,34 +159,49 @@ impl Mapping {
             Err(error) if error.kind() == io::ErrorKind::InvalidInput => {
                 // A kernel without `MADV_POPULATE_READ` (before Linux 5.14): touch every page.
                 let bytes = &self.as_slice()[range];
-                bytes.iter().step_by(4096).for_each(|byte| {
+                for byte in bytes
+                    .iter()
+                    .step_by(SMALLEST_PAGE_BYTES)
+                    .chain(bytes.last())
+                {
                     std::hint::black_box(*byte);
-                });
+                }
                 Ok(())
             }
             Err(source) => {
-                let actual_end = std::fs::metadata(&self.path).map_or(u64::MAX, |file| file.len());
-                Err(if actual_end < chunk.end {
-                    self.eof(chunk, actual_end)
-                } else {
-                    Error::Read {
-                        path: self.path.to_path_buf(),
-                        offset: chunk.start,
-                        length: chunk.end - chunk.start,
-                        source,
-                    }
+                let actual_end = file.current_len()?;
+                if actual_end < chunk.end {
+                    return Err(eof(file, chunk, actual_end));
+                }
+                // The page is there by the file's length, but could not be brought in.
+                let failed_device = source.raw_os_error() == Some(EFAULT);
+                Err(Error::Read {
+                    path: file.path().to_owned(),
+                    offset: chunk.start,
+                    length: chunk.end - chunk.start,
+                    source: if failed_device {
+                        io::Error::from_raw_os_error(EIO)
+                    } else {
+                        source
+                    },
                 })
             }
         }
     }
+}
 
-    fn eof(&self, range: &Range<u64>, actual_end: u64) -> Error {
-        Error::UnexpectedEof {
-            path: self.path.to_path_buf(),
-            offset: range.start,
-            expected_end: range.end,
-            actual_end,
-        }
+/// The same numbers on every Unix.
+const EIO: i32 = 5;
+const EFAULT: i32 = 14;
+/// No system has smaller pages.
+const SMALLEST_PAGE_BYTES: usize = 4096;
+
+fn eof(file: &SourceFile, range: &Range<u64>, actual_end: u64) -> Error {
+    Error::UnexpectedEof {
+        path: file.path().to_owned(),
+        offset: range.start,
+        expected_end: range.end,
+        actual_end,
     }
 }
 

@@ -63,7 +63,13 @@ impl Region {
                 len,
             });
         }
-        let start = sys::allocate(len, align).map_err(|source| Error::Memory {
+        // No slice may be longer than that.
+        let start = if isize::try_from(len).is_ok() {
+            sys::allocate(len, align)
+        } else {
+            Err(io::ErrorKind::OutOfMemory.into())
+        };
+        let start = start.map_err(|source| Error::Memory {
             bytes: len as u64,
             purpose,
             source,
@@ -93,14 +99,6 @@ impl Region {
     pub fn as_mut_slice(&mut self) -> &mut [u8] {
         // SAFETY: as in `as_slice`; the exclusive borrow of `self` makes this the only access.
         unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.len) }
-    }
-
-    /// The bytes, to be overwritten. What is written must be initialised, as only reads do.
-    #[cfg(all(target_os = "linux", not(tensora_portable)))]
-    pub(crate) fn as_uninit_mut(&mut self) -> &mut [std::mem::MaybeUninit<u8>] {
-        // SAFETY: as in `as_mut_slice`, and `MaybeUninit<u8>` has the layout of `u8`. Private to the
-        // crate: its callers hand the slice to the kernel only, which writes initialised bytes.
-        unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr().cast(), self.len) }
     }
 
     /// Turns the region into shared, immutable bytes without copying. The memory is given back when

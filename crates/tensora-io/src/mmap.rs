@@ -7,7 +7,7 @@ use crate::mapping::{map_file, populate};
 use crate::transfer::{Next, Operation, Transfer};
 use crate::{
     Backend, BackendKind, Control, DirectPolicy, Error, ReadRequest, ReadStats, Result, SourceFile,
-    TransferParams, probe, workers,
+    TransferParams, probe,
 };
 
 /// Memory mapping: populates the page cache through a mapping, in parallel, and copies out of it.
@@ -74,7 +74,7 @@ impl Backend for MmapBackend {
         };
         let transfer = Transfer::new(requests, &params, control)?;
         let maps: Vec<_> = transfer.sources().map(MappedSource::new).collect();
-        workers::run(self.kind(), params.workers, &transfer, &|| {
+        transfer.run(self.kind(), params.workers, &|| {
             while let Some(operation) = transfer.next() {
                 copy(&transfer, &maps, operation);
             }
@@ -129,31 +129,30 @@ fn copy(transfer: &Transfer<'_>, maps: &[MappedSource<'_>], mut operation: Opera
     };
     loop {
         let result = match map {
-            Some(map) => copy_rest(source.file, map, &mut operation),
+            Some(map) => copy_rest(source.file, map, &operation),
             None => Ok(0),
         };
-        if transfer.returned(&mut operation, None, result) != Next::Again {
+        let next = transfer.returned(&mut operation, None, result);
+        if next != Next::Again || transfer.should_stop() {
             return;
         }
     }
 }
 
 /// Copies what is left of the operation; the count of bytes copied, 0 when the file ends before them.
-fn copy_rest(file: &SourceFile, map: &MmapRaw, operation: &mut Operation) -> io::Result<usize> {
+fn copy_rest(file: &SourceFile, map: &MmapRaw, operation: &Operation) -> io::Result<usize> {
     // A mapping of this length was made, so offsets inside it fit.
     #[allow(clippy::cast_possible_truncation)]
     let begin = operation.position() as usize;
-    // SAFETY: the operation was taken from its transfer once, so this thread alone has it, the transfer
-    // borrows the destinations, and the slice ends with this function.
-    let memory = unsafe { operation.memory_slice(None) };
-    let len = memory.len().min(map.len().saturating_sub(begin));
+    let (memory, len) = operation.memory(None);
+    let len = len.min(map.len().saturating_sub(begin));
     if len == 0 {
         return Ok(0);
     }
     // Populating first lets the kernel read ahead in large pieces. Where it fails, the copy says why.
     let _ = populate(map, begin..begin + len);
     let local = libc::iovec {
-        iov_base: memory.as_mut_ptr().cast(),
+        iov_base: memory.cast(),
         iov_len: len,
     };
     let remote = libc::iovec {
@@ -161,25 +160,23 @@ fn copy_rest(file: &SourceFile, map: &MmapRaw, operation: &mut Operation) -> io:
         iov_len: len,
     };
     let own = rustix::process::getpid().as_raw_pid();
-    // SAFETY: the kernel writes `len` bytes to `memory`, which is that long and exclusively ours; it only
-    // reads from the mapping, checking each page as it goes, so one that cannot be had is an error here.
+    // SAFETY: the kernel writes `len` bytes to `memory`: an operation is taken from its transfer once, so
+    // this thread alone has that memory, and the transfer borrows the destinations. It only reads from
+    // the mapping, checking each page as it goes, so one that cannot be had is an error here.
     let copied =
         unsafe { libc::process_vm_readv(own, &raw const local, 1, &raw const remote, 1, 0) };
+    let copied = usize::try_from(copied).map_err(|_| io::Error::last_os_error());
     forget(map, begin..begin + len);
-    match usize::try_from(copied) {
-        Ok(copied) => Ok(copied),
-        Err(_) => {
-            let error = io::Error::last_os_error();
-            let wanted = (begin + len) as u64;
-            if error.raw_os_error() == Some(libc::EFAULT) {
-                if file.current_len().is_ok_and(|now| now < wanted) {
-                    return Ok(0);
-                }
-                // The page is there by the file's length, but could not be brought in.
-                return Err(io::Error::from_raw_os_error(libc::EIO));
-            }
-            Err(error)
-        }
+    // A page that the file has come to end in since it was mapped reads as zeros behind that end:
+    // only what the file still has counts.
+    let file_end = file.current_len().map_err(io::Error::other)?;
+    let there = usize::try_from(file_end.saturating_sub(begin as u64)).unwrap_or(usize::MAX);
+    match copied {
+        Ok(copied) => Ok(copied.min(there)),
+        Err(error) if error.raw_os_error() != Some(libc::EFAULT) => Err(error),
+        Err(_) if there < len => Ok(0),
+        // The page is there by the file's length, but could not be brought in.
+        Err(_) => Err(io::Error::from_raw_os_error(libc::EIO)),
     }
 }
 
@@ -192,5 +189,6 @@ fn forget(map: &MmapRaw, range: std::ops::Range<usize>) {
     let forgotten = unsafe {
         map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, range.start, range.len())
     };
-    debug_assert!(forgotten.is_ok(), "advice on an own mapping: {forgotten:?}");
+    // Refused for locked memory (`mlockall`), which then simply stays resident.
+    drop(forgotten);
 }

@@ -85,11 +85,6 @@ impl Placement {
         self.bytes
     }
 
-    /// The extents, as given.
-    pub fn extents(&self) -> &[Range<u64>] {
-        &self.extents
-    }
-
     /// Allocates the memory.
     ///
     /// # Errors

@@ -398,8 +398,15 @@ mod mapping {
     /// The reason and the remedy for a process that may not copy its own memory.
     pub(crate) fn mmap_unavailable(error: &io::Error) -> (String, String) {
         let (cause, remedy) = match Errno::from_io_error(error) {
-            Some(Errno::PERM | Errno::ACCESS) => (
-                "EPERM: blocked by seccomp or a security module".to_owned(),
+            Some(errno @ (Errno::PERM | Errno::ACCESS)) => (
+                format!(
+                    "{}: blocked by seccomp or a security module",
+                    if errno == Errno::PERM {
+                        "EPERM"
+                    } else {
+                        "EACCES"
+                    }
+                ),
                 "allow process_vm_readv in the seccomp profile, or ",
             ),
             Some(Errno::NOSYS) => (

@@ -1,7 +1,6 @@
 use crate::transfer::Transfer;
 use crate::{
     Backend, BackendKind, Control, ReadRequest, ReadStats, Result, TransferParams, positioned,
-    workers,
 };
 
 /// Threads that take chunks of positioned reads from one queue.
@@ -29,7 +28,7 @@ impl Backend for SyncBackend {
         control: &Control,
     ) -> Result<ReadStats> {
         let transfer = Transfer::new(requests, params, control)?;
-        workers::run(self.kind(), params.workers, &transfer, &|| {
+        transfer.run(self.kind(), params.workers, &|| {
             while let Some(operation) = transfer.next() {
                 positioned::read(&transfer, operation);
             }

@@ -91,6 +91,7 @@ impl Check {
     pub fn run(&self, make: &dyn Fn() -> Box<dyn Backend>, options: &Options) {
         let trial = Trial::new(self.name, Arc::from(make()), options);
         let backend = format!("{:?}", trial.backend);
+        let directory = trial.directory().to_owned();
         let body = self.body;
         let (done, outcome) = mpsc::channel();
         let thread = std::thread::Builder::new()
@@ -105,6 +106,8 @@ impl Check {
             .unwrap_or_else(|error| panic!("a thread for the check {}: {error}", self.name));
         let context = format!("{} of {backend} (TENSORA_SEED={})", self.name, options.seed);
         if outcome.recv_timeout(options.timeout) == Err(mpsc::RecvTimeoutError::Timeout) {
+            // The thread that is left behind does not get to it.
+            let _ = std::fs::remove_dir_all(directory);
             panic!(
                 "{context}: no end after {:?}: the backend hangs",
                 options.timeout

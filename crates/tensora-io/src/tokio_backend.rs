@@ -1,4 +1,5 @@
 use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use tokio::sync::Semaphore;
@@ -74,7 +75,7 @@ fn drive(transfer: &Transfer<'_>, workers: u32) -> Result<()> {
     // thread is in no other runtime, so that wait is allowed. The transfer outlives this function.
     let shared =
         unsafe { std::mem::transmute::<&Transfer<'_>, &'static Transfer<'static>>(transfer) };
-    let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+    let outcome = catch_unwind(AssertUnwindSafe(|| {
         runtime.block_on(read_files(shared, workers));
     }));
     drop(runtime);
@@ -109,11 +110,18 @@ async fn read_file(
         if transfer.should_stop() {
             break;
         }
-        reads.spawn_blocking(move || {
+        let read = move || {
             let _guard = transfer.stop_on_unwind();
             positioned::read(transfer, transfer.operation(number));
             drop(permit);
-        });
+        };
+        // Tokio panics when the system refuses the first thread of its pool.
+        let spawned = catch_unwind(AssertUnwindSafe(|| drop(reads.spawn_blocking(read))));
+        if spawned.is_err() {
+            transfer.fail(Error::Thread {
+                source: std::io::ErrorKind::WouldBlock.into(),
+            });
+        }
         while let Some(read) = reads.try_join_next() {
             pass_on_panic(read);
         }

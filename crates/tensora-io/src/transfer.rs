@@ -8,44 +8,51 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::mem::MaybeUninit;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 use crate::direct::DirectFile;
+use crate::workers::{Crew, lock};
 use crate::{
-    Control, DirectFallback, DirectPolicy, Error, ReadRequest, ReadStats, Region, Result,
-    SourceFile, TransferParams,
+    BackendKind, Control, DirectFallback, DirectPolicy, Error, ReadRequest, ReadStats, Region,
+    Result, SourceFile, TransferParams,
 };
 
 /// Largest piece that goes through a scratch buffer in one operation. Scratch is for the ragged ends of
-/// direct reads; 32 operations in flight with one each stay far below the 64 MiB that a load may use
-/// beside its data.
+/// direct reads. A thread has one buffer in use, a ring at most 16: with the planner's parameters that is
+/// far below the 64 MiB that a load may use beside its data.
 const SCRATCH_BYTES: u64 = 256 << 10;
 /// Pieces closer together than this are read in one operation: on every device measured, reading so
 /// many bytes more takes less time than another operation.
 const SCRATCH_GAP_BYTES: u64 = 16 << 10;
+/// What is said of a file that takes `O_DIRECT` at open and refuses it at read.
+const REFUSED_READS: &str = "it was opened for direct I/O, but direct reads of it fail with EINVAL";
 /// Alignment of scratch buffers; at least what any device needs.
 const SCRATCH_ALIGN_BYTES: usize = 64 << 10;
-/// How often an operation is issued again after the system refused it for the moment.
-const MAX_BUSY_RETRIES: u32 = 100;
+/// How often an operation is issued again after the system refused it for the moment, and how long is
+/// waited before each time: ten seconds altogether.
+const MAX_BUSY_RETRIES: u32 = 1000;
+const BUSY_WAIT: Duration = Duration::from_millis(10);
 
 /// An address inside a destination of the batch.
-#[derive(Clone, Copy, Debug)]
-struct Address(*mut u8);
-
-// SAFETY: an `Address` is derived from a `Destination`, which is `Send`; it is dereferenced only
-// through `Operation`s, each of which covers memory of its own.
-unsafe impl Send for Address {}
-// SAFETY: sharing the number itself is harmless, see above.
-unsafe impl Sync for Address {}
+///
+/// A number and not a pointer, because destinations that follow each other in memory are merged: a
+/// run of memory may then consist of several borrows, and no one pointer derives from all of them.
+/// Their provenance is exposed, and the runs are only ever handed to system calls.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Address(usize);
 
 impl Address {
     fn add(self, bytes: u64) -> Self {
-        // Inside one destination, so the offset fits: `wrapping_add` spares an unsafe block.
+        // Inside the destinations, so the offset fits.
         #[allow(clippy::cast_possible_truncation)]
         Self(self.0.wrapping_add(bytes as usize))
+    }
+
+    fn as_mut_ptr(self) -> *mut u8 {
+        std::ptr::with_exposed_provenance_mut(self.0)
     }
 }
 
@@ -152,8 +159,7 @@ pub(crate) struct Transfer<'a> {
     chunk_bytes: u64,
     operations: u64,
     next: AtomicU64,
-    stop: AtomicBool,
-    error: Mutex<Option<Error>>,
+    crew: Crew,
     scratch: Mutex<Vec<Region>>,
     fallbacks: Mutex<Vec<DirectFallback>>,
     counters: Counters,
@@ -178,17 +184,12 @@ impl<'a> Transfer<'a> {
             }
             match file.source.direct() {
                 Ok(direct) => file.direct = Some(direct),
-                // Nothing will be read of an empty file, so nothing can be read the wrong way.
-                Err(_) if file.source.is_empty() => {}
-                Err(reason) if params.direct == DirectPolicy::Required => {
-                    return Err(Error::DirectUnsupported {
-                        path: file.source.path().to_owned(),
-                        reason: reason.to_owned(),
-                    });
+                Err(refusal) if params.direct == DirectPolicy::Required => {
+                    return Err(refusal.into_error(file.source.path()));
                 }
-                Err(reason) => fallbacks.push(DirectFallback {
+                Err(refusal) => fallbacks.push(DirectFallback {
                     path: file.source.path().to_owned(),
-                    reason: reason.to_owned(),
+                    reason: refusal.to_string(),
                 }),
             }
         }
@@ -199,8 +200,7 @@ impl<'a> Transfer<'a> {
             chunk_bytes: params.chunk_bytes,
             operations: 0,
             next: AtomicU64::new(0),
-            stop: AtomicBool::new(false),
-            error: Mutex::new(None),
+            crew: Crew::default(),
             scratch: Mutex::new(Vec::new()),
             fallbacks: Mutex::new(fallbacks),
             counters: Counters::default(),
@@ -299,7 +299,7 @@ impl<'a> Transfer<'a> {
             offset,
             len: len as usize,
             needed: needed as usize,
-            direct: segment.direct,
+            direct: segment.direct && !self.files[segment.file].refused.load(Ordering::Relaxed),
             place,
             done: 0,
             busy_retries: 0,
@@ -308,40 +308,29 @@ impl<'a> Transfer<'a> {
 
     /// Whether no more operations shall be started.
     pub(crate) fn should_stop(&self) -> bool {
-        self.stop.load(Ordering::Acquire) || self.control.is_cancelled()
+        self.crew.is_stopped() || self.control.is_cancelled()
     }
 
     /// Stops the batch with this error, unless it failed before.
     pub(crate) fn fail(&self, error: Error) {
-        self.error
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .get_or_insert(error);
-        self.stop.store(true, Ordering::Release);
+        self.crew.fail(error);
     }
 
     /// Stops the batch when dropped by a panic, so that the other workers do not go on in vain.
     pub(crate) fn stop_on_unwind(&self) -> impl Drop + '_ {
-        struct Guard<'t>(&'t AtomicBool);
-        impl Drop for Guard<'_> {
-            fn drop(&mut self) {
-                if std::thread::panicking() {
-                    self.0.store(true, Ordering::Release);
-                }
-            }
-        }
-        Guard(&self.stop)
+        self.crew.stop_on_unwind()
+    }
+
+    /// Runs `work` on up to `workers` threads, see [`Crew::run`].
+    pub(crate) fn run(&self, kind: BackendKind, workers: u32, work: &(dyn Fn() + Sync)) {
+        // More threads than operations would only be made and ended.
+        let count = u64::from(workers).min(self.operations);
+        self.crew.run(&format!("tensora-{kind}"), count, work);
     }
 
     /// The outcome, once every worker has returned.
     pub(crate) fn finish(self) -> Result<ReadStats> {
-        if let Some(error) = self
-            .error
-            .into_inner()
-            .unwrap_or_else(PoisonError::into_inner)
-        {
-            return Err(error);
-        }
+        self.crew.finish()?;
         let counters = self.counters;
         if counters.completed.into_inner() != self.operations {
             return Err(Error::Cancelled);
@@ -366,11 +355,7 @@ impl<'a> Transfer<'a> {
         if matches!(operation.place, Place::InPlace(_)) {
             return Ok(None);
         }
-        let recycled = self
-            .scratch
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .pop();
+        let recycled = lock(&self.scratch).pop();
         match recycled {
             Some(region) => Ok(Some(region)),
             // One granule more than the largest piece: both ends of a window are rounded outwards.
@@ -387,10 +372,7 @@ impl<'a> Transfer<'a> {
     /// Keeps a scratch buffer for the next operation that needs one.
     pub(crate) fn recycle(&self, scratch: Option<Region>) {
         if let Some(region) = scratch {
-            self.scratch
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .push(region);
+            lock(&self.scratch).push(region);
         }
     }
 
@@ -471,7 +453,7 @@ impl<'a> Transfer<'a> {
             io::ErrorKind::WouldBlock if operation.busy_retries < MAX_BUSY_RETRIES => {
                 operation.busy_retries += 1;
                 self.counters.retries.fetch_add(1, Ordering::Relaxed);
-                std::thread::yield_now();
+                std::thread::sleep(BUSY_WAIT);
                 return Next::Again;
             }
             // Some file systems take O_DIRECT at open and refuse it at read.
@@ -480,24 +462,17 @@ impl<'a> Transfer<'a> {
             {
                 operation.direct = false;
                 if !file.refused.swap(true, Ordering::Relaxed) {
-                    self.fallbacks
-                        .lock()
-                        .unwrap_or_else(PoisonError::into_inner)
-                        .push(DirectFallback {
-                            path: file.source.path().to_owned(),
-                            reason:
-                                "direct reads are refused although the file system announces them"
-                                    .to_owned(),
-                        });
+                    lock(&self.fallbacks).push(DirectFallback {
+                        path: file.source.path().to_owned(),
+                        reason: REFUSED_READS.to_owned(),
+                    });
                 }
                 return Next::Again;
             }
             io::ErrorKind::InvalidInput if operation.direct => {
                 self.fail(Error::DirectUnsupported {
                     path: file.source.path().to_owned(),
-                    reason:
-                        "direct reads are refused (EINVAL) although the file system announces them"
-                            .to_owned(),
+                    reason: REFUSED_READS.to_owned(),
                 });
                 return Next::Failed;
             }
@@ -545,14 +520,22 @@ impl<'a> Transfer<'a> {
             piece.len as usize,
         );
         let source = &scratch.as_slice()[begin..begin + len];
-        // SAFETY: the piece is part of one destination of the batch, exclusively borrowed for the
-        // whole transfer, and of this operation only; `source` is a buffer of our own, so the two do
-        // not overlap.
-        unsafe { std::ptr::copy_nonoverlapping(source.as_ptr(), piece.memory.0, len) };
+        // SAFETY: the memory of the piece is exclusively borrowed for the whole transfer, its provenance
+        // was exposed, and it belongs to this operation only; `source` is a buffer of our own, so the
+        // two do not overlap.
+        unsafe {
+            std::ptr::copy_nonoverlapping(source.as_ptr(), piece.memory.as_mut_ptr(), len);
+        }
     }
 }
 
 impl Operation {
+    /// Whether it goes through a scratch buffer.
+    #[cfg(all(feature = "io-uring", target_os = "linux", not(tensora_portable)))]
+    pub(crate) fn needs_scratch(&self) -> bool {
+        matches!(self.place, Place::Scratch(_))
+    }
+
     /// Where in the file the next read for it begins.
     pub(crate) fn position(&self) -> u64 {
         self.offset + self.done as u64
@@ -562,7 +545,7 @@ impl Operation {
     pub(crate) fn memory(&self, scratch: Option<&mut Region>) -> (*mut u8, usize) {
         let rest = self.len - self.done;
         match (&self.place, scratch) {
-            (Place::InPlace(memory), _) => (memory.0.wrapping_add(self.done), rest),
+            (Place::InPlace(memory), _) => (memory.add(self.done as u64).as_mut_ptr(), rest),
             (Place::Scratch(_), Some(scratch)) => (
                 scratch.as_mut_slice()[self.done..self.len].as_mut_ptr(),
                 rest,
@@ -570,22 +553,6 @@ impl Operation {
             // An operation that needs scratch and has none reads nothing, and so fails as a short read.
             (Place::Scratch(_), None) => (std::ptr::dangling_mut(), 0),
         }
-    }
-
-    /// The same as a slice.
-    ///
-    /// # Safety
-    ///
-    /// The operation was made once from its number, its transfer's destinations are still borrowed, and no
-    /// other slice of it is alive.
-    pub(crate) unsafe fn memory_slice<'m>(
-        &'m mut self,
-        scratch: Option<&'m mut Region>,
-    ) -> &'m mut [MaybeUninit<u8>] {
-        let (start, len) = self.memory(scratch);
-        // SAFETY: `len` bytes from `start` lie inside one destination or scratch buffer, and belong to
-        // this operation alone, as the caller promises; `MaybeUninit` asks nothing of their content.
-        unsafe { std::slice::from_raw_parts_mut(start.cast(), len) }
     }
 }
 
@@ -607,6 +574,10 @@ fn gather<'a>(requests: Vec<ReadRequest<'a>>) -> Result<(Vec<BatchFile<'a>>, Vec
                 length: len,
             });
         };
+        if len == 0 {
+            // Nothing is read, so nothing can fail, or be read in another way than asked for.
+            continue;
+        }
         let file = *numbers
             .entry(std::ptr::from_ref(source))
             .or_insert(files.len());
@@ -620,9 +591,6 @@ fn gather<'a>(requests: Vec<ReadRequest<'a>>) -> Result<(Vec<BatchFile<'a>>, Vec
                 operations: 0..0,
             });
         }
-        if len == 0 {
-            continue;
-        }
         if end > lengths[file] {
             return Err(Error::UnexpectedEof {
                 path: source.path().to_owned(),
@@ -635,7 +603,7 @@ fn gather<'a>(requests: Vec<ReadRequest<'a>>) -> Result<(Vec<BatchFile<'a>>, Vec
             file,
             offset: request.offset,
             len,
-            memory: Address(request.destination.as_mut_ptr()),
+            memory: Address(request.destination.as_mut_ptr().expose_provenance()),
         });
     }
     pieces.sort_by_key(|piece| (piece.file, piece.offset));
@@ -647,10 +615,12 @@ fn merge(pieces: Vec<Piece>) -> Vec<Piece> {
     let mut merged: Vec<Piece> = Vec::with_capacity(pieces.len());
     for piece in pieces {
         match merged.last_mut() {
+            // Off Linux reads go through slices, which must not span two allocations.
             Some(last)
-                if last.file == piece.file
+                if cfg!(all(target_os = "linux", not(tensora_portable)))
+                    && last.file == piece.file
                     && last.end() == piece.offset
-                    && last.memory.add(last.len).0 == piece.memory.0 =>
+                    && last.memory.add(last.len) == piece.memory =>
             {
                 last.len += piece.len;
             }
@@ -686,7 +656,7 @@ fn direct_segments(
         let body_end = piece.end() - piece.end() % align;
         let head_len = body_begin - piece.offset;
         let suits = body_begin < body_end
-            && piece.memory.add(head_len).0.addr() % direct.memory_align_bytes as usize == 0;
+            && piece.memory.add(head_len).0 % direct.memory_align_bytes as usize == 0;
         if !suits {
             ragged.push(piece);
             continue;
@@ -778,7 +748,7 @@ mod tests {
                         file: 0,
                         offset,
                         len,
-                        memory: Address(std::ptr::without_provenance_mut(base + skew)),
+                        memory: Address(base + skew),
                     }
                 })
                 .collect();
@@ -814,15 +784,15 @@ mod tests {
                 prop_assert_eq!(segment.len % align, 0);
                 match &segment.place {
                     Place::InPlace(memory) => {
-                        prop_assert_eq!(memory.0.addr() as u64 % align, 0);
-                        delivered.push((memory.0.addr(), segment.offset, segment.len));
+                        prop_assert_eq!(memory.0 as u64 % align, 0);
+                        delivered.push((memory.0, segment.offset, segment.len));
                     }
                     Place::Scratch(range) => {
                         prop_assert!(segment.len <= SCRATCH_BYTES + 2 * SCRATCH_ALIGN_BYTES as u64);
                         for piece in &scattered[range.clone()] {
                             prop_assert!(piece.offset >= segment.offset);
                             prop_assert!(piece.end() <= segment.offset + segment.len);
-                            delivered.push((piece.memory.0.addr(), piece.offset, piece.len));
+                            delivered.push((piece.memory.0, piece.offset, piece.len));
                         }
                     }
                 }
@@ -830,9 +800,9 @@ mod tests {
             delivered.sort_unstable();
             let mut delivered = delivered.into_iter().peekable();
             let mut wanted = pieces.clone();
-            wanted.sort_by_key(|piece| piece.memory.0.addr());
+            wanted.sort_by_key(|piece| piece.memory.0);
             for piece in wanted {
-                let (mut address, mut offset) = (piece.memory.0.addr(), piece.offset);
+                let (mut address, mut offset) = (piece.memory.0, piece.offset);
                 while offset < piece.end() {
                     let (at, from, len) = delivered.next().unwrap();
                     prop_assert_eq!((at, from), (address, offset));
@@ -848,7 +818,7 @@ mod tests {
         /// What suits direct I/O is read in place but for less than a block at either end.
         #[test]
         fn what_suits_direct_reads_is_not_copied(pieces in pieces()) {
-            let suits = |piece: &Piece| piece.memory.0.addr() as u64 % 4096 == piece.offset % 4096;
+            let suits = |piece: &Piece| piece.memory.0 as u64 % 4096 == piece.offset % 4096;
             let pieces: Vec<_> = pieces.into_iter().filter(suits).collect();
             let mut scattered = Vec::new();
             direct_segments(&pieces, &direct_file(4096), &mut scattered);
@@ -857,13 +827,14 @@ mod tests {
         }
     }
 
+    #[cfg(all(target_os = "linux", not(tensora_portable)))]
     #[test]
     fn only_neighbours_in_file_and_memory_merge() {
         let piece = |file, offset, address: usize| Piece {
             file,
             offset,
             len: 10,
-            memory: Address(std::ptr::without_provenance_mut(address)),
+            memory: Address(address),
         };
         let merged = merge(vec![
             piece(0, 0, 100),

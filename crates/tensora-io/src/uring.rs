@@ -9,9 +9,12 @@ use io_uring::{IoUring, opcode, types};
 use crate::transfer::{Next, Operation, Transfer};
 use crate::{
     Backend, BackendKind, Control, Error, ReadRequest, ReadStats, Region, Result, TransferParams,
-    probe, workers,
+    probe,
 };
 
+/// Scratch buffers in use on one ring. Deep queues of ragged pieces would otherwise take memory without
+/// bound.
+const MAX_SCRATCH: usize = 16;
 /// `IORING_ENTER_GETEVENTS`: wait for completions.
 const GET_EVENTS: u32 = 1;
 /// How long to leave a ring alone that refuses work or waiting for the moment.
@@ -51,10 +54,9 @@ impl Backend for IoUringBackend {
         control: &Control,
     ) -> Result<ReadStats> {
         let transfer = Transfer::new(requests, params, control)?;
-        workers::run(
+        transfer.run(
             self.kind(),
             params.workers,
-            &transfer,
             &|| match make_ring(params.queue_depth) {
                 Ok(ring) => Worker::new(ring, &transfer, params.queue_depth).run(),
                 Err(error) => transfer.fail(error),
@@ -98,6 +100,9 @@ struct Worker<'t, 'a> {
     transfer: &'t Transfer<'a>,
     slots: Vec<Option<Slot>>,
     free: Vec<usize>,
+    /// Taken from the transfer, but kept back until a scratch buffer is free again.
+    waiting: Option<Operation>,
+    scratch_in_use: usize,
 }
 
 impl<'t, 'a> Worker<'t, 'a> {
@@ -108,6 +113,8 @@ impl<'t, 'a> Worker<'t, 'a> {
             transfer,
             slots: std::iter::repeat_with(|| None).take(slots).collect(),
             free: (0..slots).rev().collect(),
+            waiting: None,
+            scratch_in_use: 0,
         }
     }
 
@@ -115,20 +122,7 @@ impl<'t, 'a> Worker<'t, 'a> {
     fn run(mut self) {
         let mut busy_waits = 0;
         loop {
-            while let Some(&slot) = self.free.last() {
-                let Some(operation) = self.transfer.next() else {
-                    break;
-                };
-                match self.transfer.scratch(&operation) {
-                    Ok(scratch) => self.slots[slot] = Some(Slot { operation, scratch }),
-                    Err(error) => {
-                        self.transfer.fail(error);
-                        break;
-                    }
-                }
-                self.free.pop();
-                self.push(slot);
-            }
+            self.fill();
             if self.in_flight() == 0 {
                 return;
             }
@@ -156,6 +150,28 @@ impl<'t, 'a> Worker<'t, 'a> {
             } else {
                 busy_waits = 0;
             }
+        }
+    }
+
+    /// Queues operations until every slot is taken, or scratch is, or there are none left.
+    fn fill(&mut self) {
+        while let Some(&slot) = self.free.last() {
+            let kept_back = self.waiting.take().filter(|_| !self.transfer.should_stop());
+            let Some(operation) = kept_back.or_else(|| self.transfer.next()) else {
+                return;
+            };
+            if operation.needs_scratch() && self.scratch_in_use == MAX_SCRATCH {
+                self.waiting = Some(operation);
+                return;
+            }
+            let scratch = match self.transfer.scratch(&operation) {
+                Ok(scratch) => scratch,
+                Err(error) => return self.transfer.fail(error),
+            };
+            self.scratch_in_use += usize::from(scratch.is_some());
+            self.slots[slot] = Some(Slot { operation, scratch });
+            self.free.pop();
+            self.push(slot);
         }
     }
 
@@ -216,6 +232,7 @@ impl<'t, 'a> Worker<'t, 'a> {
                 self.slots[slot] = Some(Slot { operation, scratch });
                 self.push(slot);
             } else {
+                self.scratch_in_use -= usize::from(scratch.is_some());
                 self.transfer.recycle(scratch);
             }
             taken += 1;

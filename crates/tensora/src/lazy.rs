@@ -298,6 +298,7 @@ impl LazyCheckpoint {
             match used {
                 Use::Eager => mapping
                     .populate(
+                        file,
                         extents,
                         plan.params.chunk_bytes,
                         plan.params.workers,
