@@ -274,6 +274,10 @@ fn place(path: &Path, entries: Vec<Entry>, partition_bytes: &[u64]) -> Result<Ve
                 bytes: tensor.bytes,
             });
         }
+        if tensor.bytes == 0 {
+            // Nothing of it can be lost; its range still has to lie inside the file.
+            tensor.offset = tensor.offset.min(file_bytes);
+        }
         let end = tensor.offset + tensor.bytes;
         if end > file_bytes {
             if partition.is_none() && file + 1 < partition_bytes.len() {

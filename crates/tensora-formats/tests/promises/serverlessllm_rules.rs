@@ -434,6 +434,33 @@ fn a_lost_tail_that_was_only_padding_is_no_damage() {
 }
 
 #[test]
+fn a_tensor_of_no_bytes_is_never_damaged() {
+    for (there, lost, empty) in [
+        (
+            r#""t":[0,5,[5],[1],"u8"]"#,
+            r#""u":[8,8,[8],[1],"u8"]"#,
+            r#""z":[16,0,[0],[1],"u8"]"#,
+        ),
+        (
+            r#""t":[0,5,[5],[1],"u8",0]"#,
+            r#""u":[8,8,[8],[1],"u8",0]"#,
+            r#""z":[16,0,[0],[1],"u8",0]"#,
+        ),
+    ] {
+        assert_refused!(
+            parse(&format!("{{{there},{lost},{empty}}}"), &[9]),
+            Error::PartitionTooShort {
+                needed_bytes: 16,
+                ..
+            },
+            r#"1 tensor damaged: "u""#,
+        );
+        let index = parse(&format!("{{{there},{empty}}}"), &[5]).unwrap();
+        assert_eq!(index.tensors[1].range(), 5..5);
+    }
+}
+
+#[test]
 fn range_overflow() {
     let offset = u64::MAX - 3;
     for text in both(&format!(r#"{offset},8,[2],[1],"f32""#)) {
