@@ -4,8 +4,8 @@ use std::time::Instant;
 use anyhow::Result;
 use serde::Serialize;
 use tensora::convert::Digest;
-use tensora::io::{ReadStats, peak_resident_bytes};
-use tensora::{BackendKind, Checkpoint, Format, LoadReport, MemoryKind, Plan};
+use tensora::io::{DirectFallback, ReadStats, peak_resident_bytes};
+use tensora::{BackendKind, Checkpoint, Format, MemoryKind, Plan};
 
 use crate::args::LoadArgs;
 use crate::output::{Console, Report, emit, printable};
@@ -33,6 +33,8 @@ struct LoadResult<'a> {
     digest: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     digest_seconds: Option<f64>,
+    /// What is odd about the checkpoint, as `inspect` says it too.
+    notes: Vec<String>,
     stats: &'a ReadStats,
     plan: &'a Plan,
     #[serde(skip)]
@@ -48,7 +50,7 @@ pub(crate) fn load(arguments: &LoadArgs, console: &Console) -> Result<()> {
         .on_progress(move |load| watched.update(load.done_bytes, load.total_bytes))
         .load(&arguments.source.path)?;
     progress.finish();
-    let mut result = LoadResult::new(checkpoint.report());
+    let mut result = LoadResult::new(&checkpoint);
     if arguments.digest {
         let begun = Instant::now();
         result.digest = Some(digest(&checkpoint, console)?.to_string());
@@ -70,7 +72,9 @@ fn digest(checkpoint: &Checkpoint, console: &Console) -> Result<Digest> {
 }
 
 impl<'a> LoadResult<'a> {
-    fn new(report: &'a LoadReport) -> Self {
+    fn new(checkpoint: &'a Checkpoint) -> Self {
+        let report = checkpoint.report();
+        let notes = checkpoint.index().notes();
         Self {
             format: report.format,
             backend: report.plan.backend,
@@ -85,6 +89,7 @@ impl<'a> LoadResult<'a> {
             peak_resident_bytes: peak_resident_bytes(),
             digest: None,
             digest_seconds: None,
+            notes: notes.iter().map(ToString::to_string).collect(),
             stats: &report.stats,
             plan: &report.plan,
             explain: false,
@@ -121,6 +126,12 @@ impl<'a> LoadResult<'a> {
     }
 }
 
+/// That a file was not read as it was meant to be, as a note.
+fn buffered(fallback: &DirectFallback) -> String {
+    let path = fallback.path.display();
+    format!("{path} was read buffered: {}", fallback.reason)
+}
+
 impl Report for LoadResult<'_> {
     fn text(&self) -> String {
         let mut facts = Facts::new();
@@ -152,14 +163,38 @@ impl Report for LoadResult<'_> {
                 format!("{digest} (in another {})", duration(seconds)),
             );
         }
-        for fallback in &self.stats.fallbacks {
-            let path = printable(&fallback.path.display().to_string());
-            facts.add("buffered", format!("{path}: {}", fallback.reason));
-        }
+        let fallbacks = self.stats.fallbacks.iter().map(buffered);
+        let notes = self.notes.iter().cloned().chain(fallbacks);
+        facts.add_each("note", notes.map(|note| printable(&note)));
         if self.explain {
             return format!("{}\n{}", facts.text(), self.plan);
         }
         facts.add_each("why", self.reasons());
         facts.text()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn notes_are_of_the_checkpoint_and_of_how_it_was_read() {
+        let directory = tempfile::tempdir().unwrap();
+        let index = r#"{"w": [0, 4, [2, 2], [1, 2], "torch.uint8"]}"#;
+        std::fs::write(directory.path().join("tensor_index.json"), index).unwrap();
+        std::fs::write(directory.path().join("tensor.data_0"), [0; 4]).unwrap();
+        let checkpoint = tensora::load(directory.path()).unwrap();
+        let mut stats = checkpoint.report().stats.clone();
+        stats.fallbacks = vec![DirectFallback {
+            path: "/models/a".into(),
+            reason: "the file system refuses".to_owned(),
+        }];
+        let mut result = LoadResult::new(&checkpoint);
+        result.stats = &stats;
+        let text = result.text();
+        assert!(text.contains("note    not contiguous (1)"), "{text}");
+        let fallback = "        /models/a was read buffered: the file system refuses\n";
+        assert!(text.contains(fallback), "{text}");
     }
 }

@@ -20,6 +20,7 @@ const FIELDS: &[(&str, &str)] = &[
     ("plan_seconds", "number"),
     ("read_seconds", "number"),
     ("bytes_per_second", "number"),
+    ("notes", "array"),
     ("plan", "object"),
     ("stats", "object"),
 ];
@@ -172,6 +173,27 @@ fn people_get_a_short_answer_or_the_whole_plan() {
     assert!(verbose.stdout.contains("queue depth"), "{verbose:?}");
     assert!(verbose.stderr.contains("planned"), "{verbose:?}");
     assert!(!verbose.stderr.contains('\u{1b}'), "{verbose:?}");
+}
+
+/// What is odd about a checkpoint is said where it is loaded, not only where it is inspected.
+#[test]
+fn the_notes_of_the_checkpoint_are_shown() {
+    let wrong_total = sharded();
+    let path = wrong_total.path().join("model.safetensors.index.json");
+    let index = fs::read_to_string(&path).unwrap();
+    let total = format!("{}}}", data_bytes());
+    let wrong = format!("{}}}", data_bytes() + 1);
+    assert!(index.contains(&total), "{index}");
+    fs::write(&path, index.replace(&total, &wrong)).unwrap();
+    for directory in [wrong_total, strided()] {
+        let load = run(args!["load", directory.path(), "--json"]).json();
+        let inspection = run(args!["inspect", directory.path(), "--json"]).json();
+        assert_ne!(load["notes"].as_array().unwrap().len(), 0, "{load}");
+        assert_eq!(load["notes"], inspection["notes"]);
+        let text = run(args!["load", directory.path()]).text();
+        let note = load["notes"][0].as_str().unwrap();
+        assert!(text.contains(&format!("note    {note}")), "{note}: {text}");
+    }
 }
 
 #[test]
