@@ -100,7 +100,8 @@ impl fmt::Display for DirectPolicy {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct TransferParams {
-    /// Largest single read, in bytes; [`MIN_CHUNK_BYTES`](Self::MIN_CHUNK_BYTES) to
+    /// Largest single read into a destination, in bytes (reads into scratch, for the ragged ends of direct
+    /// ones, have a limit of their own, 256 KiB and two blocks); [`MIN_CHUNK_BYTES`](Self::MIN_CHUNK_BYTES) to
     /// [`MAX_CHUNK_BYTES`](Self::MAX_CHUNK_BYTES).
     pub chunk_bytes: u64,
     /// Reads in flight per worker, 1 to [`MAX_QUEUE_DEPTH`](Self::MAX_QUEUE_DEPTH). Only rings keep

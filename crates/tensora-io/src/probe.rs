@@ -265,7 +265,7 @@ mod rings {
                 (
                     format!(
                         "io_uring_setup: ENOMEM: out of memory, or of locked memory, which rings \
-                         count as before Linux 5.12 (the limit is {limit})"
+                         count as for ordinary users (the limit is {limit})"
                     ),
                     format!(
                         "raise the limit (ulimit -l), use fewer workers or a smaller queue depth, \
