@@ -11,6 +11,13 @@ use tensora::{BackendChoice, BackendKind, DirectChoice, Format, Loader, MemoryCh
 
 use crate::units::parse_size;
 
+macro_rules! exit_statuses {
+    () => {
+        "0 on success, 1 on failure, 2 for a wrong command line, 128 and the number of the
+signal when interrupted (130 for Ctrl-C)."
+    };
+}
+
 /// Inspect, plan, load and convert large-language-model checkpoints.
 ///
 /// PATH is a .safetensors file, a directory of them with or without an index file, a model in a
@@ -21,7 +28,7 @@ use crate::units::parse_size;
     version,
     propagate_version = true,
     max_term_width = 100,
-    after_help = "Exit status: 0 on success, 1 on failure, 2 for a wrong command line.",
+    after_help = concat!("Exit status: ", exit_statuses!()),
     after_long_help = AFTER_LONG_HELP
 )]
 pub(crate) struct Cli {
@@ -40,7 +47,8 @@ pub(crate) struct Cli {
     pub(crate) verbose: u8,
 }
 
-const AFTER_LONG_HELP: &str = "\
+const AFTER_LONG_HELP: &str = concat!(
+    "\
 Examples:
   tensora inspect Qwen3-8B                what is in a checkpoint
   tensora plan Qwen3-8B                   how it would be loaded here, and why
@@ -51,7 +59,9 @@ Examples:
 Sizes are bytes, or numbers with a unit: 1MiB, 1.5GB. KiB, MiB, GiB and TiB, or bare K, M, G and T,
 count by 1024; KB, MB, GB and TB by 1000.
 
-Exit status: 0 on success, 1 on failure, 2 for a wrong command line.";
+Exit status: ",
+    exit_statuses!()
+);
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
@@ -133,8 +143,8 @@ pub(crate) struct LoadArgs {
 ///
 /// Everything is planned and checked before the first byte is written: directories, permissions,
 /// free space, dtypes. The files appear under their names only when all of them are complete and on
-/// the device; an error, or Ctrl-C, removes what was written. Memory use does not grow with the
-/// checkpoint.
+/// the device; an error, Ctrl-C, or the signal TERM or HUP removes what was written. Memory use does
+/// not grow with the checkpoint.
 #[derive(Debug, Args)]
 #[command(after_long_help = "\
 Examples:

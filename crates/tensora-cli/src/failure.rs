@@ -10,9 +10,7 @@ use tensora::formats::Error as FormatError;
 use tensora::heuristics::PlanError;
 
 use crate::output::{self, OutputError};
-
-/// What shells report for a command that Ctrl-C ended: 128 and the number of the signal.
-const INTERRUPTED: u8 = 130;
+use crate::signals;
 
 const ERROR: Style = AnsiColor::Red.on_default().bold();
 const HINT: Style = AnsiColor::Cyan.on_default().bold();
@@ -29,7 +27,7 @@ pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
     // Nobody is left to tell if standard error is closed too.
     let _ = stderr.write_all(text.as_bytes());
     match error.downcast_ref::<ConvertError>() {
-        Some(error) if error.is_cancelled() => ExitCode::from(INTERRUPTED),
+        Some(error) if error.is_cancelled() => ExitCode::from(signals::exit_status()),
         _ => ExitCode::FAILURE,
     }
 }

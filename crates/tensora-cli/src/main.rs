@@ -10,6 +10,7 @@ mod failure;
 mod mapping;
 mod output;
 mod progress;
+mod signals;
 mod table;
 mod units;
 

@@ -15,7 +15,7 @@ use tensora_io::{
     TransferParams, backend,
 };
 
-use crate::target::{Staging, check_occupancy, free_bytes, refused};
+use crate::target::{Staging, check_occupancy, file_size_limit_bytes, free_bytes, refused};
 use crate::{ConversionNote, ConversionPlan, ConversionReport, Error, Result};
 
 /// One buffer is filled and one emptied, and each side may run one ahead.
@@ -385,6 +385,11 @@ fn write_error(path: &Path, needed_bytes: u64, source: io::Error) -> Error {
                 .and_then(|directory| free_bytes(directory).ok().flatten()),
             source,
         },
+        io::ErrorKind::FileTooLarge => Error::FileTooLarge {
+            path: path.to_owned(),
+            limit_bytes: file_size_limit_bytes(),
+            source,
+        },
         _ => refused(path, "write")(source),
     }
 }
@@ -409,6 +414,13 @@ mod tests {
             assert!(text.contains("12345 bytes"), "{text}");
             assert_eq!(text.contains(" free)"), cfg!(unix), "{text}");
         }
+        let error = write_error(&path, 12_345, io::ErrorKind::FileTooLarge.into());
+        let text = error.to_string();
+        assert!(matches!(error, Error::FileTooLarge { .. }), "{error:?}");
+        assert!(
+            text.contains("tensor.data_0") && text.contains("ulimit -f"),
+            "{text}"
+        );
         let error = write_error(&path, 12_345, io::ErrorKind::PermissionDenied.into());
         assert!(
             matches!(

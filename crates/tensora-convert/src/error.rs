@@ -172,6 +172,16 @@ pub enum Error {
         /// The operating system's answer.
         source: io::Error,
     },
+    /// A file would become larger than the process may write or the file system can hold.
+    #[error("{}: larger than files may become here{}; what was written has been removed: raise the limit on file sizes (ulimit -f), write smaller partitions, or choose a file system that holds larger files", path.display(), Limit(*limit_bytes))]
+    FileTooLarge {
+        /// The file that could not be written.
+        path: PathBuf,
+        /// The limit of the process on file sizes, in bytes, where there is one.
+        limit_bytes: Option<u64>,
+        /// The operating system's answer.
+        source: io::Error,
+    },
     /// The operating system refused an operation on the target.
     #[error("{}: could not {operation}: {source}", path.display())]
     Target {
@@ -212,6 +222,18 @@ impl fmt::Display for Free {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.0 {
             Some(bytes) => write!(f, " ({bytes} free)"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// How large a file may become, where that is known.
+struct Limit(Option<u64>);
+
+impl fmt::Display for Limit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            Some(bytes) => write!(f, " ({bytes} bytes)"),
             None => Ok(()),
         }
     }

@@ -94,7 +94,7 @@ impl ConversionPlan {
     ///
     /// # Errors
     ///
-    /// [`Error::Read`] and [`Error::SourceChanged`] for the source; [`Error::DiskFull`],
+    /// [`Error::Read`] and [`Error::SourceChanged`] for the source; [`Error::DiskFull`], [`Error::FileTooLarge`],
     /// [`Error::Target`], [`Error::LeftOver`], [`Error::TargetOccupied`] and
     /// [`Error::OtherCheckpoint`] for the target; [`Error::Thread`]; [`Error::Cancelled`]. Whatever was
     /// written is removed before any of them is returned. A checkpoint that was to be replaced is

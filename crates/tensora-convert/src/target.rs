@@ -198,6 +198,17 @@ pub(crate) fn free_bytes(_path: &Path) -> Result<Option<u64>> {
     Ok(None)
 }
 
+/// How large this process may make a file, in bytes; `None` when unlimited or unknown.
+#[cfg(unix)]
+pub(crate) fn file_size_limit_bytes() -> Option<u64> {
+    rustix::process::getrlimit(rustix::process::Resource::Fsize).current
+}
+
+#[cfg(not(unix))]
+pub(crate) fn file_size_limit_bytes() -> Option<u64> {
+    None
+}
+
 /// Files under temporary names, which all get their own names or none. Whatever has not been
 /// committed when this is dropped is removed.
 #[derive(Debug)]

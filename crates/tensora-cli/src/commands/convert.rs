@@ -1,6 +1,6 @@
 use std::sync::Arc;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use serde::Serialize;
 use tensora::convert::{ConversionPlan, ConversionReport, ConvertOptions, Overwrite};
 use tensora::{CancelToken, Format};
@@ -9,6 +9,7 @@ use super::files::{FileLine, file_table};
 use crate::args::ConvertArgs;
 use crate::output::{Console, Report, emit, printable};
 use crate::progress::Progress;
+use crate::signals;
 use crate::table::Facts;
 use crate::units::{count, duration, grouped, rate, size, size_exactly};
 
@@ -50,9 +51,8 @@ pub(crate) fn convert(arguments: &ConvertArgs, console: &Console) -> Result<()> 
         return emit(&Conversion::new(&plan, None), console);
     }
     let cancel = CancelToken::new();
-    let cancelled = cancel.clone();
-    // The conversion then removes what it has written, which a killed process could not.
-    ctrlc::set_handler(move || cancelled.cancel()).context("could not watch for Ctrl-C")?;
+    signals::watch(cancel.clone())?;
+    signals::survive_file_size_limit()?;
     let progress = Arc::new(Progress::new("converting", console.progress));
     let control = progress.control(plan.data_bytes()).with_cancel(cancel);
     let report = plan.run(&control)?;

@@ -212,51 +212,94 @@ fn a_target_format_is_needed_and_must_be_one_that_is_written() {
     }
 }
 
-/// An interrupt ends a conversion early and leaves nothing behind, wherever it comes.
+/// A conversion that takes long enough to be interrupted, started by a shell after `prelude`.
 #[cfg(unix)]
-#[test]
-fn an_interrupt_removes_what_was_written() {
-    use std::process::{Command, Stdio};
+fn slow_conversion(prelude: &str, source: &Path, target: &Path) -> std::process::Child {
+    sparse(source, 96 << 20);
+    let program = env!("CARGO_BIN_EXE_tensora");
+    let script = format!(
+        "{prelude} exec '{program}' convert \"$0\" \"$1\" --to serverlessllm-store \
+         --memory-limit 1MiB"
+    );
+    std::process::Command::new("sh")
+        .arg("-c")
+        .arg(script)
+        .args([source, target])
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .unwrap()
+}
+
+/// Sends the signal when the conversion is under way.
+#[cfg(unix)]
+fn signal(child: &std::process::Child, target: &Path, name: &str) {
     use std::time::{Duration, Instant};
 
-    let directory = tempfile::tempdir().unwrap();
-    let source = directory.path().join("model.safetensors");
-    sparse(&source, 96 << 20);
-    let target = directory.path().join("out");
-    let child = crate::support::tensora()
-        .args(args![
-            "convert",
-            source,
-            target,
-            "--to",
-            "serverlessllm-store"
-        ])
-        .args(["--memory-limit", "1MiB"])
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    // A temporary file is there: the conversion is under way.
+    // A temporary file is there.
     let deadline = Instant::now() + Duration::from_secs(20);
-    while !target.exists() || names(&target).is_empty() {
+    while !target.exists() || names(target).is_empty() {
         assert!(Instant::now() < deadline, "nothing was written");
         std::thread::sleep(Duration::from_millis(1));
     }
     // Not waited for yet, so the number is still the child's, even if it has ended.
-    let kill = Command::new("kill")
-        .args(["-INT", &child.id().to_string()])
+    let kill = std::process::Command::new("kill")
+        .args([&format!("-{name}"), &child.id().to_string()])
         .status();
     assert!(kill.unwrap().success());
-    let answer = crate::support::Answer::from(child.wait_with_output().unwrap());
-    // A signal that comes while the last file is renamed comes too late to stop anything.
-    if answer.status == Some(0) {
-        assert_eq!(names(&target), ["tensor.data_0", "tensor_index.json"]);
-    } else {
-        assert!(answer.failure(130).contains("cancelled"));
-        assert!(
-            !target.exists() || names(&target).is_empty(),
-            "{:?}",
-            names(&target)
-        );
+}
+
+/// An interrupt ends a conversion early and leaves nothing behind, wherever it comes.
+#[cfg(unix)]
+#[test]
+fn an_interrupt_removes_what_was_written() {
+    for (name, status) in [("INT", 130), ("TERM", 143), ("HUP", 129)] {
+        let directory = tempfile::tempdir().unwrap();
+        let source = directory.path().join("model.safetensors");
+        let target = directory.path().join("out");
+        let child = slow_conversion("", &source, &target);
+        signal(&child, &target, name);
+        let answer = crate::support::Answer::from(child.wait_with_output().unwrap());
+        // A signal that comes while the last file is renamed comes too late to stop anything.
+        if answer.status == Some(0) {
+            assert_eq!(names(&target), ["tensor.data_0", "tensor_index.json"]);
+        } else {
+            assert!(answer.failure(status).contains("cancelled"));
+            assert!(
+                !target.exists() || names(&target).is_empty(),
+                "{name}: {:?}",
+                names(&target)
+            );
+        }
     }
+}
+
+/// What `nohup` promises.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_signal_that_was_ignored_stays_ignored() {
+    for name in ["INT", "TERM", "HUP"] {
+        let directory = tempfile::tempdir().unwrap();
+        let source = directory.path().join("model.safetensors");
+        let target = directory.path().join("out");
+        let child = slow_conversion(&format!("trap '' {name};"), &source, &target);
+        signal(&child, &target, name);
+        crate::support::Answer::from(child.wait_with_output().unwrap()).text();
+        assert_eq!(names(&target), ["tensor.data_0", "tensor_index.json"]);
+    }
+}
+
+/// A limit on file sizes (`ulimit -f`) is an error like a full disk, not a death.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_limit_on_file_sizes_is_an_error_that_leaves_nothing_behind() {
+    let directory = tempfile::tempdir().unwrap();
+    let source = directory.path().join("model.safetensors");
+    let target = directory.path().join("out");
+    // Blocks of 512 bytes or of 1 KiB, depending on the shell; 8 MiB or 16 of 96.
+    let child = slow_conversion("ulimit -f 16384;", &source, &target);
+    let error = crate::support::Answer::from(child.wait_with_output().unwrap()).failure(1);
+    assert!(error.contains("limit on file sizes"), "{error}");
+    assert!(error.contains("ulimit -f"), "{error}");
+    assert!(!target.exists(), "{:?}", names(&target));
 }
