@@ -693,7 +693,7 @@ pub enum Error {
         partitions: usize,
     },
     /// A tensor of the store dialect runs over the end of its partition into the next one.
-    #[error("{}: tensor {tensor:?}: bytes {offset}..{} cross the end of tensor.data_{partition} at {partition_end}; that partition is cut short, or the index belongs to other partitions", Shown(path), offset.saturating_add(*bytes))]
+    #[error("{}: tensor {tensor:?}: bytes {offset}..{} cross the end of tensor.data_{partition} at {partition_end}; a partition is not as long as it was written, or the index belongs to other partitions: copy the whole checkpoint again", Shown(path), offset.saturating_add(*bytes))]
     CrossesPartition {
         /// The index file.
         path: PathBuf,
@@ -719,6 +719,25 @@ pub enum Error {
         needed_bytes: u64,
         /// The tensors that are not all there, sorted by name.
         damaged: Vec<String>,
+    },
+    /// A partition of the store dialect has a run of bytes that no record covers and that is too long
+    /// to be padding.
+    #[error("{}: {} from byte {begin} on belong to no tensor, but at most 7 bytes of padding follow a record; offsets count through all partitions, so that surplus bytes here shift every later tensor onto wrong data: copy the partition again, or write the checkpoint anew", Shown(path), Count(*bytes, "byte"))]
+    UnusedBytes {
+        /// The partition file.
+        path: PathBuf,
+        /// Where the run begins, in bytes from the start of the partition.
+        begin: u64,
+        /// How long it is in bytes.
+        bytes: u64,
+    },
+    /// No tensor lies in a partition of the store dialect.
+    #[error("{}: {} long, and the index puts no tensor into it; offsets count through all partitions, so that a partition of the wrong length shifts every later tensor onto wrong data: copy the index and all partitions again, or remove this one if it is left over from another checkpoint", Shown(path), Count(*bytes, "byte"))]
+    UnusedPartition {
+        /// The partition file.
+        path: PathBuf,
+        /// Its length in bytes.
+        bytes: u64,
     },
     /// The stride of a tensor has not one number per dimension.
     #[error(

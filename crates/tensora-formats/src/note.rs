@@ -46,6 +46,17 @@ pub enum Note {
         /// The tensors' names in the order of files and offsets, without the first of each group.
         tensors: Vec<String>,
     },
+    /// The last partition of a ServerlessLLM store goes on behind its last record.
+    ///
+    /// No offset counts through these bytes, so that nothing is shifted by them.
+    UnusedTail {
+        /// The partition's name.
+        file: String,
+        /// Where the last record ends, in bytes from the start of the partition.
+        begin: u64,
+        /// How many bytes follow.
+        bytes: u64,
+    },
 }
 
 impl fmt::Display for Note {
@@ -94,6 +105,10 @@ impl fmt::Display for Note {
                 "share bytes with another tensor ({}): {}",
                 tensors.len(),
                 FirstOf(tensors)
+            ),
+            Self::UnusedTail { file, begin, bytes } => write!(
+                f,
+                "{file:?} goes on for {bytes} bytes after its last tensor, which ends at byte {begin}; they were left alone"
             ),
         }
     }

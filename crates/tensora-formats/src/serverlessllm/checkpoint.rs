@@ -3,7 +3,10 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use super::{INDEX_NAME, PARTITION_PREFIX, RANK_PREFIX, parse_serverlessllm_index, partition_name};
+use super::{
+    INDEX_NAME, PADDING_LIMIT_BYTES, PARTITION_PREFIX, RANK_PREFIX, parse_serverlessllm_index,
+    partition_name,
+};
 use crate::safetensors::HEADER_LIMIT_BYTES;
 use crate::{
     CheckpointIndex, DuplicateNames, Error, FileEntry, Format, Note, Result, TensorEntry, file,
@@ -19,10 +22,14 @@ pub(crate) fn open_directory(
     let files = partitions(root, path)?;
     let sizes: Vec<u64> = files.iter().map(|file| file.bytes).collect();
     let index = parse_serverlessllm_index(path, &content, &sizes, duplicate_names)?;
+    let mut notes = notes(&index.tensors);
+    if index.format == Format::ServerlessLlmStore {
+        notes.extend(unused_tail(&index.tensors, &files));
+    }
     Ok(CheckpointIndex {
         format: index.format,
         root: root.to_owned(),
-        notes: notes(&index.tensors),
+        notes,
         files,
         tensors: index.tensors,
         metadata: BTreeMap::new(),
@@ -97,6 +104,19 @@ fn notes(tensors: &[TensorEntry]) -> Vec<Note> {
     notes
 }
 
+/// The bytes of the last partition behind the last record, where they are more than padding.
+fn unused_tail(tensors: &[TensorEntry], files: &[FileEntry]) -> Option<Note> {
+    let last = files.len().checked_sub(1)?;
+    let in_last = tensors.iter().filter(|tensor| tensor.file == last);
+    let begin = in_last.map(|tensor| tensor.range().end).max()?;
+    let bytes = files[last].bytes.saturating_sub(begin);
+    (bytes > PADDING_LIMIT_BYTES).then(|| Note::UnusedTail {
+        file: files[last].name.clone(),
+        begin,
+        bytes,
+    })
+}
+
 /// The ranks among a directory's names, ascending; empty unless at least one of them holds an index.
 pub(crate) fn ranks(root: &Path, names: &[String]) -> Vec<u32> {
     let ranks: Vec<u32> = numbered(names, RANK_PREFIX)
@@ -140,6 +160,7 @@ pub(crate) fn open_ranks(
     let mut format = None;
     let mut files = Vec::new();
     let mut tensors = Vec::new();
+    let mut tails = Vec::new();
     for &rank in ranks {
         let directory = rank_name(rank);
         let opened = open_directory(&root.join(&directory), duplicate_names)?;
@@ -156,6 +177,15 @@ pub(crate) fn open_ranks(
                 });
             }
         }
+        // The other notes are about tensors, and are taken again of all ranks together.
+        tails.extend(opened.notes.into_iter().filter_map(|note| match note {
+            Note::UnusedTail { file, begin, bytes } => Some(Note::UnusedTail {
+                file: format!("{directory}/{file}"),
+                begin,
+                bytes,
+            }),
+            _ => None,
+        }));
         let first_file = files.len();
         files.extend(opened.files.into_iter().map(|mut file| {
             file.name = format!("{directory}/{}", file.name);
@@ -168,10 +198,12 @@ pub(crate) fn open_ranks(
         }));
     }
     tensors.sort_unstable_by(|left, right| left.name.cmp(&right.name));
+    let mut notes = notes(&tensors);
+    notes.append(&mut tails);
     Ok(CheckpointIndex {
         format: format.map_or(Format::ServerlessLlmStore, |(_, format)| format),
         root: root.to_owned(),
-        notes: notes(&tensors),
+        notes,
         files,
         tensors,
         metadata: BTreeMap::new(),

@@ -1,9 +1,9 @@
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::value::RawValue;
 
-use super::{partition_name, short_name};
+use super::{PADDING_LIMIT_BYTES, partition_name, short_name};
 use crate::json::{self, Array, Place};
 use crate::safetensors::data_bytes;
 use crate::{Dtype, DuplicateNames, Error, Format, Result, TensorEntry};
@@ -44,6 +44,9 @@ pub fn parse_serverlessllm_index(
     }
     let format = dialect(path, &entries)?;
     let tensors = place(path, entries, partition_bytes)?;
+    if format == Format::ServerlessLlmStore {
+        check_coverage(path, &tensors, partition_bytes)?;
+    }
     Ok(ServerlessLlmIndex { format, tensors })
 }
 
@@ -299,12 +302,60 @@ fn place(path: &Path, entries: Vec<Entry>, partition_bytes: &[u64]) -> Result<Ve
     match shortfalls.pop_first() {
         None => Ok(tensors),
         Some((partition, shortfall)) => Err(Error::PartitionTooShort {
-            path: path.with_file_name(partition_name(partition as u64)),
+            path: partition_path(path, partition),
             partition_bytes: partition_bytes[partition],
             needed_bytes: shortfall.needed_bytes,
             damaged: shortfall.damaged,
         }),
     }
+}
+
+fn partition_path(index_path: &Path, partition: usize) -> PathBuf {
+    index_path.with_file_name(partition_name(partition as u64))
+}
+
+/// Checks that records and their padding fill the partitions of the store dialect.
+///
+/// Offsets count through the concatenation, so that a partition longer or shorter than it was written
+/// shifts every later tensor onto wrong bytes. Bytes without a record are the only trace of that.
+fn check_coverage(path: &Path, tensors: &[TensorEntry], partition_bytes: &[u64]) -> Result<()> {
+    let mut by_place: Vec<&TensorEntry> = tensors.iter().collect();
+    by_place.sort_unstable_by_key(|tensor| (tensor.file, tensor.offset));
+    let mut rest = by_place.as_slice();
+    for (partition, &file_bytes) in partition_bytes.iter().enumerate() {
+        let records;
+        (records, rest) = rest.split_at(rest.partition_point(|tensor| tensor.file == partition));
+        if records.is_empty() {
+            // An empty checkpoint has one empty partition.
+            if tensors.is_empty() && file_bytes == 0 {
+                continue;
+            }
+            return Err(Error::UnusedPartition {
+                path: partition_path(path, partition),
+                bytes: file_bytes,
+            });
+        }
+        let mut covered_to = 0;
+        let is_last = partition + 1 == partition_bytes.len();
+        let ranges = records
+            .iter()
+            .filter(|tensor| tensor.bytes > 0)
+            .map(|tensor| tensor.range())
+            // Behind the very last record there is nothing to be shifted.
+            .chain((!is_last).then_some(file_bytes..file_bytes));
+        for range in ranges {
+            let bytes = range.start.saturating_sub(covered_to);
+            if bytes > PADDING_LIMIT_BYTES {
+                return Err(Error::UnusedBytes {
+                    path: partition_path(path, partition),
+                    begin: covered_to,
+                    bytes,
+                });
+            }
+            covered_to = covered_to.max(range.end);
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -17,6 +17,9 @@ const PARTITION_PREFIX: &str = "tensor.data_";
 /// How the names of ranks' directories begin; a number follows.
 const RANK_PREFIX: &str = "rank_";
 
+/// The most padding that follows a record in the store dialect, which aligns records to 8 bytes.
+const PADDING_LIMIT_BYTES: u64 = 7;
+
 /// The name of a partition file.
 pub(crate) fn partition_name(partition: u64) -> String {
     format!("{PARTITION_PREFIX}{partition}")

@@ -429,8 +429,131 @@ fn a_lost_tail_names_the_damaged_tensors() {
 #[test]
 fn a_lost_tail_that_was_only_padding_is_no_damage() {
     // Five bytes stored in a record of eight.
-    assert!(parse(r#"{"t":[8,5,[5],[1],"u8"]}"#, &[13]).is_ok());
-    assert!(parse(r#"{"t":[8,5,[5],[1],"u8"]}"#, &[12]).is_err());
+    assert!(parse(r#"{"t":[0,5,[5],[1],"u8"]}"#, &[5]).is_ok());
+    assert!(parse(r#"{"t":[0,5,[5],[1],"u8"]}"#, &[4]).is_err());
+}
+
+/// Three records of 16, 13 and 8 bytes; the second is shared by two tensors, one inside the other.
+const RECORDS: &str = r#"{"a":[0,16,[16],[1],"u8"],"b":[16,13,[13],[1],"u8"],
+    "b_tied":[16,13,[13],[1],"u8"],"b_part":[18,4,[4],[1],"u8"],"c":[32,8,[8],[1],"u8"]}"#;
+
+#[test]
+fn surplus_bytes_that_would_shift_later_tensors() {
+    assert!(parse(RECORDS, &[40]).is_ok());
+    assert!(parse(RECORDS, &[32, 8]).is_ok());
+    assert!(parse(RECORDS, &[16, 16, 8]).is_ok());
+
+    let path = |partition: usize| {
+        let name = format!("tensor.data_{partition}");
+        Path::new(INDEX).with_file_name(name).display().to_string()
+    };
+    // The first partition padded by 1024 bytes takes in all that belongs to the later ones.
+    assert_refused!(
+        parse(RECORDS, &[16 + 1024, 16, 8]),
+        Error::UnusedBytes {
+            begin: 40,
+            bytes: 1000,
+            ..
+        },
+        path(0),
+        "1000 bytes from byte 40 on belong to no tensor",
+        "at most 7 bytes of padding",
+        "shift every later tensor",
+        "copy the partition again",
+    );
+    // Between records, at the start of a partition, and by one byte above the limit.
+    for (text, sizes, partition, begin, bytes) in [
+        (
+            r#"{"a":[0,4,[4],[1],"u8"],"b":[12,4,[4],[1],"u8"]}"#,
+            &[16][..],
+            0,
+            4,
+            8,
+        ),
+        (r#"{"a":[8,4,[4],[1],"u8"]}"#, &[12], 0, 0, 8),
+        (
+            r#"{"a":[0,4,[4],[1],"u8"],"b":[12,4,[4],[1],"u8"]}"#,
+            &[12, 4],
+            0,
+            4,
+            8,
+        ),
+        (
+            r#"{"a":[0,4,[4],[1],"u8"],"b":[17,4,[4],[1],"u8"],"z":[16,0,[0],[1],"u8"]}"#,
+            &[8, 13],
+            1,
+            0,
+            9,
+        ),
+    ] {
+        assert_refused!(
+            parse(text, sizes),
+            Error::UnusedBytes { .. },
+            path(partition),
+            format!("{bytes} bytes from byte {begin} on"),
+        );
+    }
+    let padded = r#"{"a":[0,1,[1],[1],"u8"],"b":[8,4,[4],[1],"u8"]}"#;
+    assert!(parse(padded, &[8, 4]).is_ok());
+    // The partitioned dialect shifts nothing.
+    assert!(parse(r#"{"a":[8,4,[4],[1],"u8",1]}"#, &[99, 99]).is_ok());
+}
+
+#[test]
+fn a_partition_that_no_tensor_lies_in() {
+    for sizes in [&[40, 8][..], &[40, 0], &[32, 0, 8]] {
+        let index = parse(RECORDS, sizes);
+        assert_refused!(
+            index,
+            Error::UnusedPartition { .. },
+            "tensor.data_1: ",
+            format!("{} bytes long", sizes[1]),
+            "no tensor",
+            "copy the index and all partitions again",
+        );
+    }
+    assert_refused!(
+        parse("{}", &[8]),
+        Error::UnusedPartition { .. },
+        "tensor.data_0"
+    );
+    assert!(parse("{}", &[0]).is_ok());
+    assert!(parse(r#"{"z":[0,0,[0],[1],"u8"]}"#, &[0]).is_ok());
+}
+
+#[test]
+fn a_long_rest_behind_the_last_record_is_noted() {
+    let directory = Directory::new();
+    for rank in ["rank_0", "rank_1"] {
+        directory.write(&format!("{rank}/tensor_index.json"), RECORDS);
+        directory.write(&format!("{rank}/tensor.data_0"), [0; 16]);
+        directory.write(&format!("{rank}/tensor.data_1"), [0; 24 + 7]);
+    }
+    let tails = |path: &Path| -> Vec<Note> {
+        let index = CheckpointIndex::open(path).unwrap();
+        let notes = index.notes().iter();
+        notes
+            .filter(|note| matches!(note, Note::UnusedTail { .. }))
+            .cloned()
+            .collect()
+    };
+    assert_eq!(tails(directory.path()), []);
+    directory.write("rank_1/tensor.data_1", [0; 24 + 8]);
+    let found = tails(directory.path());
+    assert_eq!(
+        found,
+        [Note::UnusedTail {
+            file: "rank_1/tensor.data_1".to_owned(),
+            begin: 24,
+            bytes: 8
+        }]
+    );
+    assert!(
+        found[0]
+            .to_string()
+            .contains("8 bytes after its last tensor")
+    );
+    assert_eq!(tails(&directory.join("rank_1")).len(), 1);
 }
 
 #[test]
