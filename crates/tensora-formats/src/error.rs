@@ -591,6 +591,18 @@ pub enum Error {
         /// What is wrong with it, as a verb phrase: `is absolute`.
         reason: &'static str,
     },
+    /// An index lists no tensor, although SafeTensors files lie beside it.
+    #[error(
+        "{}: its weight_map is empty, but SafeTensors files lie beside it: {}; download the index again, or remove it to open the files without one",
+        Shown(path),
+        FirstOf(files)
+    )]
+    EmptyWeightMap {
+        /// The index file.
+        path: PathBuf,
+        /// The names of the files beside it, sorted.
+        files: Vec<String>,
+    },
     /// Shards that an index, or the numbering of the files, calls for are missing.
     #[error("{}: {} missing: {}; download or copy them again", Shown(path), Count(missing.len() as u64, "shard"), FirstOf(missing))]
     MissingShards {

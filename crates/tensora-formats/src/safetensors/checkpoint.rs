@@ -128,6 +128,17 @@ pub(crate) fn open_indexed(
     let content = file::read_index(path, HEADER_LIMIT_BYTES)?;
     let index = parse_safetensors_index(path, &content, tolerance.duplicate_names)?;
 
+    let left_alone: Vec<String> = data_files(&file::list(root)?)
+        .filter(|name| index.files.binary_search(name).is_err())
+        .cloned()
+        .collect();
+    if index.tensors.is_empty() && !left_alone.is_empty() {
+        return Err(Error::EmptyWeightMap {
+            path: path.to_owned(),
+            files: left_alone,
+        });
+    }
+
     // All that are missing at once, before any is read: they are downloaded again together.
     let missing: Vec<String> = index
         .files
@@ -172,10 +183,6 @@ pub(crate) fn open_indexed(
             actual_bytes,
         });
     }
-    let left_alone: Vec<String> = data_files(&file::list(root)?)
-        .filter(|name| index.files.binary_search(name).is_err())
-        .cloned()
-        .collect();
     if !left_alone.is_empty() {
         files.notes.push(Note::FilesLeftAlone { files: left_alone });
     }

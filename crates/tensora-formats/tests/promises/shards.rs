@@ -249,6 +249,26 @@ fn index_keys() {
 }
 
 #[test]
+fn an_empty_weight_map() {
+    let directory = sharded();
+    let path = directory.write(INDEX, r#"{"weight_map":{}}"#);
+    for opened in [directory.path(), &path] {
+        assert_refused!(
+            CheckpointIndex::open(opened),
+            Error::EmptyWeightMap { .. },
+            path.display(),
+            r#""one.safetensors", "two.safetensors""#,
+            "download the index again",
+        );
+    }
+    // With no file beside it, it says nothing false.
+    let directory = Directory::new();
+    directory.write(INDEX, r#"{"weight_map":{}}"#);
+    let index = CheckpointIndex::open(directory.path()).unwrap();
+    assert_eq!((index.tensors().len(), index.files().len()), (0, 0));
+}
+
+#[test]
 fn a_tensor_twice_in_the_weight_map() {
     let directory = sharded();
     directory.write(
