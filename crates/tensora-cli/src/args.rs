@@ -71,7 +71,6 @@ pub(crate) enum Command {
     Plan(PlanArgs),
     Load(LoadArgs),
     Convert(ConvertArgs),
-    /// Examine this machine, and the storage of a checkpoint
     Doctor(DoctorArgs),
 }
 
@@ -191,6 +190,10 @@ pub(crate) struct ConvertArgs {
     pub(crate) dry_run: bool,
 }
 
+/// Examine this machine, and the storage of a checkpoint
+///
+/// Problems are findings, not failures: the exit status is 0. If PATH cannot be read as a checkpoint,
+/// the machine is described all the same, what is wrong is a finding, and the exit status is 1.
 #[derive(Debug, Args)]
 #[command(after_long_help = "\
 Examples:

@@ -40,24 +40,30 @@ fn explain(error: &anyhow::Error, coloured: bool) -> String {
             label.to_owned()
         }
     };
-    let mut last = error.to_string();
-    let mut text = format!("{} {last}\n", label(ERROR, "error:"));
-    for cause in error.chain().skip(1) {
-        let cause = cause.to_string();
-        // Most messages end with their cause already.
-        if !last.contains(&cause) {
-            let _ = writeln!(text, "  caused by: {cause}");
-            last = cause;
-        }
-    }
+    let mut text = format!("{} {}\n", label(ERROR, "error:"), message(error, "\n  "));
     if let Some(hint) = hint(error) {
         let _ = writeln!(text, "{} {hint}", label(HINT, "hint:"));
     }
     text
 }
 
+/// What failed and, each after a separator, what caused it.
+pub(crate) fn message(error: &anyhow::Error, separator: &str) -> String {
+    let mut last = error.to_string();
+    let mut text = last.clone();
+    for cause in error.chain().skip(1) {
+        let cause = cause.to_string();
+        // Most messages end with their cause already.
+        if !last.contains(&cause) {
+            let _ = write!(text, "{separator}caused by: {cause}");
+            last = cause;
+        }
+    }
+    text
+}
+
 /// The option or subcommand that helps; the libraries' messages cannot know of these.
-fn hint(error: &anyhow::Error) -> Option<&'static str> {
+pub(crate) fn hint(error: &anyhow::Error) -> Option<&'static str> {
     if let Some(error) = error.downcast_ref::<ConvertError>() {
         return conversion_hint(error);
     }

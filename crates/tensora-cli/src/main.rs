@@ -35,17 +35,15 @@ fn main() -> ExitCode {
         progress: std::io::stderr().is_terminal() && cli.verbose == 0,
         explain: cli.verbose > 0,
     };
+    let done = |()| ExitCode::SUCCESS;
     let result = match &cli.command {
-        Command::Inspect(arguments) => commands::inspect(arguments, &console),
-        Command::Plan(arguments) => commands::plan(arguments, &console),
-        Command::Load(arguments) => commands::load(arguments, &console),
-        Command::Convert(arguments) => commands::convert(arguments, &console),
+        Command::Inspect(arguments) => commands::inspect(arguments, &console).map(done),
+        Command::Plan(arguments) => commands::plan(arguments, &console).map(done),
+        Command::Load(arguments) => commands::load(arguments, &console).map(done),
+        Command::Convert(arguments) => commands::convert(arguments, &console).map(done),
         Command::Doctor(arguments) => commands::doctor(arguments, &console),
     };
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => failure::report(&error),
-    }
+    result.unwrap_or_else(|error| failure::report(&error))
 }
 
 /// Traces to standard error, if that was asked for by option or environment.

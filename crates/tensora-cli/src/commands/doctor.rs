@@ -1,3 +1,6 @@
+use std::path::Path;
+use std::process::ExitCode;
+
 use anyhow::Result;
 use comfy_table::Color;
 use serde::Serialize;
@@ -9,6 +12,7 @@ use tensora::io::{
 use tensora::{BackendKind, CheckpointIndex, Format, Loader, MemoryChoice, Plan};
 
 use crate::args::DoctorArgs;
+use crate::failure;
 use crate::mapping::allow_mapping;
 use crate::output::{Console, Report, emit, printable};
 use crate::table::Verdicts;
@@ -83,24 +87,19 @@ enum Verdict {
     Problem,
 }
 
-pub(crate) fn doctor(arguments: &DoctorArgs, console: &Console) -> Result<()> {
-    let platform = Platform::probe();
-    let mut examination = Examination::of_machine(platform);
-    if let Some(path) = &arguments.path {
-        let loader = Loader::new().open_options(arguments.open.options());
-        let checkpoint = allow_mapping(loader, MemoryChoice::Auto).open(path)?;
-        let index = checkpoint.index();
-        let files = index
-            .files()
-            .iter()
-            .map(|file| SourceFile::open(&file.path))
-            .collect::<Result<Vec<_>, _>>()
-            .map_err(tensora::Error::from)?;
-        let facts = StorageFacts::probe(&files.iter().collect::<Vec<_>>());
-        examination.add_checkpoint(path.display().to_string(), index, facts);
-        examination.findings.push(planned(checkpoint.plan())?);
+/// Also where a checkpoint cannot be read, the machine is described: that is when it is asked for. The
+/// exit status then says that there was a failure.
+pub(crate) fn doctor(arguments: &DoctorArgs, console: &Console) -> Result<ExitCode> {
+    let mut examination = Examination::of_machine(Platform::probe());
+    let mut status = ExitCode::SUCCESS;
+    if let Some(path) = &arguments.path
+        && let Err(error) = examination.add_checkpoint_at(path, arguments)
+    {
+        examination.findings.push(unreadable(&error.into()));
+        status = ExitCode::FAILURE;
     }
-    emit(&examination, console)
+    emit(&examination, console)?;
+    Ok(status)
 }
 
 impl Examination {
@@ -128,6 +127,23 @@ impl Examination {
             storage: None,
             findings,
         }
+    }
+
+    /// Examines the checkpoint at `path` and its storage; adds everything, or nothing.
+    fn add_checkpoint_at(&mut self, path: &Path, arguments: &DoctorArgs) -> tensora::Result<()> {
+        let loader = Loader::new().open_options(arguments.open.options());
+        let checkpoint = allow_mapping(loader, MemoryChoice::Auto).open(path)?;
+        let index = checkpoint.index();
+        let files = index
+            .files()
+            .iter()
+            .map(|file| SourceFile::open(&file.path))
+            .collect::<Result<Vec<_>, _>>()?;
+        let facts = StorageFacts::probe(&files.iter().collect::<Vec<_>>());
+        let load = planned(checkpoint.plan())?;
+        self.add_checkpoint(path.display().to_string(), index, facts);
+        self.findings.push(load);
+        Ok(())
     }
 
     fn add_checkpoint(&mut self, path: String, index: &CheckpointIndex, facts: StorageFacts) {
@@ -410,7 +426,7 @@ fn page_cache(facts: &StorageFacts) -> Finding {
 }
 
 /// What a load would do. That it would be refused is a finding; that a file is damaged, an error.
-fn planned(plan: tensora::Result<Plan>) -> Result<Finding> {
+fn planned(plan: tensora::Result<Plan>) -> tensora::Result<Finding> {
     match plan {
         Ok(plan) => Ok(Finding::ok(
             "load",
@@ -430,8 +446,17 @@ fn planned(plan: tensora::Result<Plan>) -> Result<Finding> {
                 remedy,
             ))
         }
-        Err(error) => Err(error.into()),
+        Err(error) => Err(error),
     }
+}
+
+/// That there is no checkpoint at the path, or one that cannot be read.
+fn unreadable(error: &anyhow::Error) -> Finding {
+    Finding::problem(
+        "checkpoint",
+        failure::message(error, "; "),
+        failure::hint(error).unwrap_or("see to that, then run `tensora doctor` again"),
+    )
 }
 
 impl Report for Examination {

@@ -1,6 +1,8 @@
 use tensora::BackendKind;
 
-use crate::support::{TENSOR_COUNT, args, assert_fields, available, data_bytes, run, sharded};
+use crate::support::{
+    Answer, TENSOR_COUNT, args, assert_fields, available, data_bytes, run, sharded, single, strided,
+};
 
 fn kinds(examination: &serde_json::Value) -> Vec<&str> {
     let backends = examination["backends"].as_array().unwrap();
@@ -132,8 +134,89 @@ fn people_get_a_verdict_for_each_item() {
     assert!(verdict.ends_with('.'), "{text}");
 }
 
+/// The report of a run with a path that is no readable checkpoint.
+#[track_caller]
+fn unreadable(answer: &Answer) -> serde_json::Value {
+    assert_eq!(answer.status, Some(1), "{answer:?}");
+    assert_eq!(answer.stderr, "", "{answer:?}");
+    let examination: serde_json::Value = serde_json::from_str(&answer.stdout).unwrap();
+    assert_fields(
+        &examination,
+        &[
+            ("os", "string"),
+            ("checkpoint", "null"),
+            ("storage", "null"),
+        ],
+    );
+    assert_eq!(kinds(&examination).len(), BackendKind::ALL.len());
+    let findings = examination["findings"].as_array().unwrap();
+    let of_checkpoint: Vec<_> = findings
+        .iter()
+        .filter(|finding| finding["item"] == "checkpoint")
+        .collect();
+    let [finding] = of_checkpoint[..] else {
+        panic!("{examination}");
+    };
+    assert_eq!(finding["verdict"], "problem");
+    assert_fields(finding, &[("finding", "string"), ("remedy", "string")]);
+    finding.clone()
+}
+
+/// Who asks the doctor has a problem, and it must not be the reason to get no answer.
 #[test]
-fn a_bad_path_fails() {
-    let error = run(["doctor", "/nonexistent/checkpoint", "--json"]).failure(1);
-    assert!(error.contains("/nonexistent/checkpoint"), "{error}");
+fn an_unreadable_checkpoint_is_a_finding_and_a_failure() {
+    let (directory, path) = single();
+    let truncated = directory.path().join("truncated.safetensors");
+    let contents = std::fs::read(&path).unwrap();
+    std::fs::write(&truncated, &contents[..contents.len() - 100]).unwrap();
+    let partitioned = strided();
+    let partition = partitioned.path().join("tensor.data_0");
+    std::fs::write(partition, [0; 20]).unwrap();
+    let absent = directory.path().join("absent");
+    for (path, word) in [
+        (absent.as_path(), "absent"),
+        (&truncated, "100 bytes missing"),
+        (partitioned.path(), "tensor.data_0"),
+    ] {
+        let finding = unreadable(&run(args!["doctor", path, "--json"]));
+        let text = finding["finding"].as_str().unwrap();
+        assert!(text.contains(word), "{finding}");
+        let answer = run(args!["doctor", path]);
+        assert_eq!(answer.status, Some(1), "{answer:?}");
+        assert_eq!(answer.stderr, "", "{answer:?}");
+        assert!(answer.stdout.contains("processors"), "{answer:?}");
+        let mut lines = answer.stdout.lines();
+        let found = lines.any(|line| line.starts_with("problem") && line.contains("checkpoint"));
+        assert!(found, "{answer:?}");
+    }
+}
+
+/// The case that the limit is examined for.
+#[cfg(target_os = "linux")]
+#[test]
+fn too_few_open_files_are_a_finding_and_a_failure() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut index = serde_json::Map::new();
+    for number in 0..64 {
+        let name = format!("model-{number}.safetensors");
+        let tensor = format!("tensor-{number}");
+        let header = format!(r#"{{"{tensor}":{{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}}}"#);
+        let mut contents = (header.len() as u64).to_le_bytes().to_vec();
+        contents.extend(header.as_bytes());
+        contents.push(0);
+        std::fs::write(directory.path().join(&name), contents).unwrap();
+        index.insert(tensor, name.into());
+    }
+    let index = serde_json::json!({"metadata": {}, "weight_map": index});
+    let path = directory.path().join("model.safetensors.index.json");
+    std::fs::write(path, index.to_string()).unwrap();
+    let program = env!("CARGO_BIN_EXE_tensora");
+    let script = format!("ulimit -n 40; exec '{program}' doctor --json \"$0\"");
+    let output = std::process::Command::new("sh")
+        .args(["-c", &script])
+        .arg(directory.path())
+        .output();
+    let finding = unreadable(&output.unwrap().into());
+    let text = finding["finding"].as_str().unwrap();
+    assert!(text.contains("ulimit -n"), "{finding}");
 }

@@ -73,7 +73,7 @@ fn errors_name_cause_and_remedy_whatever_the_output() {
     file.set_len(bytes - 100).unwrap();
 
     let absent = empty.path().join("absent");
-    for command in ["inspect", "plan", "load", "doctor"] {
+    for command in ["inspect", "plan", "load"] {
         for (path, words) in [
             (&absent, &["no such file", "absent"][..]),
             (
