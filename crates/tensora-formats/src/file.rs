@@ -2,7 +2,7 @@
 
 use std::fs::{self, File, FileType, OpenOptions};
 use std::io::{self, Read};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::{Error, Result};
 
@@ -34,6 +34,12 @@ pub(crate) fn stat(path: &Path) -> Result<fs::Metadata> {
             },
         }
     })
+}
+
+/// Where `path` is once all symbolic links are resolved.
+pub(crate) fn canonical(path: &Path) -> Result<PathBuf> {
+    stat(path)?;
+    fs::canonicalize(path).map_err(io_error(path, "access"))
 }
 
 /// The length in bytes of the regular file `path`.

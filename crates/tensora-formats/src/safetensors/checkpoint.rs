@@ -139,6 +139,8 @@ pub(crate) fn open_indexed(
         });
     }
 
+    refuse_files_outside(root, path, &index)?;
+
     // All that are missing at once, before any is read: they are downloaded again together.
     let missing: Vec<String> = index
         .files
@@ -187,6 +189,40 @@ pub(crate) fn open_indexed(
         files.notes.push(Note::FilesLeftAlone { files: left_alone });
     }
     Ok(files.finish(root, tensors))
+}
+
+/// Makes sure that no sub-directory in a file name is a symbolic link that leads out of `root`.
+///
+/// A file itself may be a link, because Hugging Face caches consist of them: whoever wrote the
+/// directory chose its target. A linked directory would let the index choose any file below it.
+fn refuse_files_outside(root: &Path, path: &Path, index: &SafetensorsIndex) -> Result<()> {
+    let mut canonical_root = None;
+    let mut checked = BTreeSet::new();
+    for (file, name) in index.files.iter().enumerate() {
+        let Some(parent) = Path::new(name).parent() else {
+            continue;
+        };
+        if parent == Path::new("") || !checked.insert(parent) {
+            continue;
+        }
+        let canonical_root = match &canonical_root {
+            Some(known) => known,
+            None => canonical_root.insert(file::canonical(root)?),
+        };
+        let parent = root.join(parent);
+        // What is not there is told with the other missing shards.
+        if !file::exists(&parent) || file::canonical(&parent)?.starts_with(canonical_root) {
+            continue;
+        }
+        let tensor = index.tensors.iter().find(|(_, holder)| *holder == file);
+        return Err(Error::UnsafeFileName {
+            path: path.to_owned(),
+            tensor: tensor.map(|(name, _)| name.clone()).unwrap_or_default(),
+            name: name.clone(),
+            reason: "leads out of the index's directory through a symbolic link",
+        });
+    }
+    Ok(())
 }
 
 /// Divides the tensors that the shards hold into those that the index lists and the names of the

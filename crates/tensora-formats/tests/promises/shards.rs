@@ -186,6 +186,56 @@ fn unsafe_file_names() {
     }
 }
 
+#[cfg(unix)]
+#[test]
+fn a_sub_directory_may_not_be_a_link_to_elsewhere() {
+    use std::os::unix::fs::symlink;
+
+    let directory = Directory::new();
+    directory.write("outside/s.safetensors", shard(&["t"]));
+    directory.write("root/below/real/s.safetensors", shard(&["t"]));
+    let root = directory.join("root");
+    symlink("../outside", root.join("link")).unwrap();
+    symlink("../../outside", root.join("below/link")).unwrap();
+    symlink("below/real", root.join("inner")).unwrap();
+    symlink(
+        "../../outside/s.safetensors",
+        root.join("below/s.safetensors"),
+    )
+    .unwrap();
+    let open = |name: &str| {
+        directory.write(&format!("root/{INDEX}"), index(&[("t", name)]));
+        CheckpointIndex::open(&root)
+    };
+    for name in [
+        "link/s.safetensors",
+        "below/link/s.safetensors",
+        "link/gone",
+    ] {
+        assert_refused!(
+            open(name),
+            Error::UnsafeFileName { .. },
+            root.join(INDEX).display(),
+            r#"tensor "t""#,
+            name,
+            "symbolic link",
+        );
+    }
+    // Links that stay inside, and a last component that is a link, as in a Hugging Face cache.
+    for name in [
+        "inner/s.safetensors",
+        "below/s.safetensors",
+        "./inner/s.safetensors",
+    ] {
+        assert_eq!(open(name).unwrap().tensors().len(), 1, "{name}");
+    }
+    assert_refused!(
+        open("nowhere/s.safetensors"),
+        Error::MissingShards { .. },
+        "nowhere",
+    );
+}
+
 #[test]
 fn index_keys() {
     let directory = Directory::new();
