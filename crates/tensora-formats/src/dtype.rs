@@ -3,6 +3,8 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::quote::Quoted;
+
 /// Declares the dtypes once: variant, SafeTensors name, bits, torch name.
 macro_rules! dtypes {
     ($($(#[$doc:meta])* $variant:ident, $name:literal, $bits:literal, $torch:expr;)*) => {
@@ -93,7 +95,10 @@ dtypes! {
 
 /// A dtype name that no [`Dtype`] has.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("unknown dtype {name:?}; the names are those of SafeTensors, such as BF16")]
+#[error(
+    "unknown dtype {}; the names are those of SafeTensors, such as BF16",
+    Quoted(name)
+)]
 pub struct UnknownDtypeName {
     name: String,
 }

@@ -1,7 +1,8 @@
-use std::fmt::{self, Write as _};
+use std::fmt;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
+use crate::quote::{FirstOf, Plain, Quoted, Ranks, Shape, Shown};
 use crate::{Dtype, Format};
 
 /// A `Result` whose error is this crate's [`Error`].
@@ -11,7 +12,8 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 ///
 /// One variant per rule, so that a caller can react to the rule and need not read the message. The
 /// messages name the file, the tensor, the numbers and, where there is one, the remedy. Lists
-/// (`damaged`, `tensors`, …) are complete in the variant and shortened in the message.
+/// (`damaged`, `tensors`, …), names, shapes and whatever else comes from a file are complete in the
+/// variant and shortened in the message.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -119,9 +121,8 @@ pub enum Error {
     },
     /// A Hugging Face cache's `refs/main` does not hold a plain directory name.
     #[error(
-        "{}: holds {revision:?}, which cannot name a directory in snapshots/; give the path of the snapshot you want",
-        Shown(path)
-    )]
+        "{}: holds {revision}, which cannot name a directory in snapshots/; give the path of the snapshot you want",
+        Shown(path), revision = Quoted(revision))]
     InvalidRevision {
         /// The `refs/main` file.
         path: PathBuf,
@@ -130,10 +131,9 @@ pub enum Error {
     },
     /// A Hugging Face cache's `refs/main` names a snapshot that is not there.
     #[error(
-        "{}: refs/main names snapshot {revision:?}, which is not in snapshots/ ({}); download the model again, or give the path of the snapshot you want",
+        "{}: refs/main names snapshot {revision}, which is not in snapshots/ ({}); download the model again, or give the path of the snapshot you want",
         Shown(path),
-        Present(snapshots)
-    )]
+        Present(snapshots), revision = Quoted(revision))]
     MissingSnapshot {
         /// The cache directory of the repository.
         path: PathBuf,
@@ -309,8 +309,7 @@ pub enum Error {
     /// The text is not JSON, or not of the expected form in a way that no other variant describes.
     #[error(
         "{}: line {line}, column {column} of the JSON text: {reason}",
-        Shown(path)
-    )]
+        Shown(path), reason = Plain(reason))]
     Json {
         /// The file.
         path: PathBuf,
@@ -322,7 +321,7 @@ pub enum Error {
         reason: String,
     },
     /// A value that belongs to no tensor has the wrong type.
-    #[error("{}: {key} must be {expected}, found {found}", Shown(path))]
+    #[error("{}: {key} must be {expected}, found {found}", Shown(path), key = Plain(key))]
     UnexpectedValue {
         /// The file.
         path: PathBuf,
@@ -334,7 +333,7 @@ pub enum Error {
         found: &'static str,
     },
     /// A required key is missing from an index.
-    #[error("{}: has no {key:?}; this is no SafeTensors index", Shown(path))]
+    #[error("{}: has no {key}; this is no SafeTensors index", Shown(path), key = Quoted(key))]
     MissingKey {
         /// The index file.
         path: PathBuf,
@@ -342,7 +341,7 @@ pub enum Error {
         key: &'static str,
     },
     /// A key that may appear once appears twice.
-    #[error("{}: the key {key:?} appears twice", Shown(path))]
+    #[error("{}: the key {key} appears twice", Shown(path), key = Quoted(key))]
     DuplicateKey {
         /// The file.
         path: PathBuf,
@@ -351,9 +350,8 @@ pub enum Error {
     },
     /// One header or index describes a tensor twice.
     #[error(
-        "{}: tensor {tensor:?} appears twice; the format forbids it, and which one is meant is unclear",
-        Shown(path)
-    )]
+        "{}: tensor {tensor} appears twice; the format forbids it, and which one is meant is unclear",
+        Shown(path), tensor = Quoted(tensor))]
     DuplicateTensor {
         /// The file.
         path: PathBuf,
@@ -363,7 +361,7 @@ pub enum Error {
 
     // --- One tensor's entry ----------------------------------------------------------------
     /// The dtype is not one that the format has.
-    #[error("{}: tensor {tensor:?}: unknown dtype {dtype:?}", Shown(path))]
+    #[error("{}: tensor {tensor}: unknown dtype {dtype}", Shown(path), tensor = Quoted(tensor), dtype = Quoted(dtype))]
     UnknownDtype {
         /// The file.
         path: PathBuf,
@@ -374,9 +372,8 @@ pub enum Error {
     },
     /// A number that counts something is negative.
     #[error(
-        "{}: tensor {tensor:?}: negative number {value} in {field}",
-        Shown(path)
-    )]
+        "{}: tensor {tensor}: negative number {value} in {field}",
+        Shown(path), tensor = Quoted(tensor), value = Plain(value))]
     NegativeNumber {
         /// The file.
         path: PathBuf,
@@ -389,9 +386,8 @@ pub enum Error {
     },
     /// A number that counts something is written as a fraction or with an exponent.
     #[error(
-        "{}: tensor {tensor:?}: {value} in {field} is not written as a whole number",
-        Shown(path)
-    )]
+        "{}: tensor {tensor}: {value} in {field} is not written as a whole number",
+        Shown(path), tensor = Quoted(tensor), value = Plain(value))]
     FractionalNumber {
         /// The file.
         path: PathBuf,
@@ -404,9 +400,8 @@ pub enum Error {
     },
     /// A number does not fit into 64 bits.
     #[error(
-        "{}: tensor {tensor:?}: {value} in {field} does not fit into 64 bits",
-        Shown(path)
-    )]
+        "{}: tensor {tensor}: {value} in {field} does not fit into 64 bits",
+        Shown(path), tensor = Quoted(tensor), value = Plain(value))]
     NumberTooLarge {
         /// The file.
         path: PathBuf,
@@ -418,7 +413,7 @@ pub enum Error {
         value: String,
     },
     /// A required field is missing from a tensor's entry.
-    #[error("{}: tensor {tensor:?}: its entry has no {field:?}", Shown(path))]
+    #[error("{}: tensor {tensor}: its entry has no {field:?}", Shown(path), tensor = Quoted(tensor))]
     MissingField {
         /// The file.
         path: PathBuf,
@@ -428,7 +423,7 @@ pub enum Error {
         field: &'static str,
     },
     /// A field appears twice in a tensor's entry.
-    #[error("{}: tensor {tensor:?}: its entry has {field:?} twice", Shown(path))]
+    #[error("{}: tensor {tensor}: its entry has {field:?} twice", Shown(path), tensor = Quoted(tensor))]
     DuplicateField {
         /// The file.
         path: PathBuf,
@@ -439,9 +434,8 @@ pub enum Error {
     },
     /// A field of a tensor's entry has the wrong JSON type.
     #[error(
-        "{}: tensor {tensor:?}: {field} must be {expected}, found {found}",
-        Shown(path)
-    )]
+        "{}: tensor {tensor}: {field} must be {expected}, found {found}",
+        Shown(path), tensor = Quoted(tensor))]
     WrongType {
         /// The file.
         path: PathBuf,
@@ -456,9 +450,8 @@ pub enum Error {
     },
     /// `data_offsets` is not a pair.
     #[error(
-        "{}: tensor {tensor:?}: data_offsets must hold 2 numbers, begin and end; found {count}",
-        Shown(path)
-    )]
+        "{}: tensor {tensor}: data_offsets must hold 2 numbers, begin and end; found {count}",
+        Shown(path), tensor = Quoted(tensor))]
     OffsetCount {
         /// The file.
         path: PathBuf,
@@ -469,9 +462,8 @@ pub enum Error {
     },
     /// The tensor with the lowest data offset does not begin at 0.
     #[error(
-        "{}: tensor {tensor:?}: begins at data offset {begin}, but the first tensor must begin at 0",
-        Shown(path)
-    )]
+        "{}: tensor {tensor}: begins at data offset {begin}, but the first tensor must begin at 0",
+        Shown(path), tensor = Quoted(tensor))]
     FirstOffset {
         /// The file.
         path: PathBuf,
@@ -481,7 +473,7 @@ pub enum Error {
         begin: u64,
     },
     /// Bytes between two tensors belong to neither.
-    #[error("{}: tensor {tensor:?}: begins at data offset {begin}, but the tensor before it, {previous:?}, ends at {previous_end}: a hole of {}", Shown(path), Count(begin.saturating_sub(*previous_end), "byte"))]
+    #[error("{}: tensor {tensor}: begins at data offset {begin}, but the tensor before it, {previous}, ends at {previous_end}: a hole of {}", Shown(path), Count(begin.saturating_sub(*previous_end), "byte"), tensor = Quoted(tensor), previous = Quoted(previous))]
     Hole {
         /// The file.
         path: PathBuf,
@@ -496,9 +488,8 @@ pub enum Error {
     },
     /// Two tensors claim the same bytes.
     #[error(
-        "{}: tensor {tensor:?}: begins at data offset {begin}, inside or before the tensor {previous:?}, which ends at {previous_end}",
-        Shown(path)
-    )]
+        "{}: tensor {tensor}: begins at data offset {begin}, inside or before the tensor {previous}, which ends at {previous_end}",
+        Shown(path), tensor = Quoted(tensor), previous = Quoted(previous))]
     Overlap {
         /// The file.
         path: PathBuf,
@@ -513,9 +504,8 @@ pub enum Error {
     },
     /// A tensor ends before it begins.
     #[error(
-        "{}: tensor {tensor:?}: data_offsets [{begin}, {end}] end before they begin",
-        Shown(path)
-    )]
+        "{}: tensor {tensor}: data_offsets [{begin}, {end}] end before they begin",
+        Shown(path), tensor = Quoted(tensor))]
     ReversedOffsets {
         /// The file.
         path: PathBuf,
@@ -528,9 +518,8 @@ pub enum Error {
     },
     /// The size of a tensor, in elements or in bits, overflows 64 bits.
     #[error(
-        "{}: tensor {tensor:?}: the size of {dtype} {shape:?} overflows 64 bits",
-        Shown(path)
-    )]
+        "{}: tensor {tensor}: the size of {dtype} {shape} overflows 64 bits",
+        Shown(path), tensor = Quoted(tensor), shape = Shape(shape))]
     ShapeOverflow {
         /// The file.
         path: PathBuf,
@@ -543,9 +532,8 @@ pub enum Error {
     },
     /// A tensor of 4- or 6-bit elements does not fill whole bytes.
     #[error(
-        "{}: tensor {tensor:?}: {dtype} {shape:?} is {bits} bits, which do not fill whole bytes",
-        Shown(path)
-    )]
+        "{}: tensor {tensor}: {dtype} {shape} is {bits} bits, which do not fill whole bytes",
+        Shown(path), tensor = Quoted(tensor), shape = Shape(shape))]
     PartialByte {
         /// The file.
         path: PathBuf,
@@ -559,7 +547,7 @@ pub enum Error {
         bits: u64,
     },
     /// The stored size of a tensor is not that of its shape and dtype.
-    #[error("{}: tensor {tensor:?}: {dtype} {shape:?} takes {}, but {stored_bytes} are stored", Shown(path), Count(*needed_bytes, "byte"))]
+    #[error("{}: tensor {tensor}: {dtype} {shape} takes {}, but {stored_bytes} are stored", Shown(path), Count(*needed_bytes, "byte"), tensor = Quoted(tensor), shape = Shape(shape))]
     SizeMismatch {
         /// The file.
         path: PathBuf,
@@ -578,9 +566,8 @@ pub enum Error {
     // --- SafeTensors over several files ----------------------------------------------------
     /// A file name in an index leads, or may lead, outside the index's directory.
     #[error(
-        "{}: tensor {tensor:?} is mapped to the file name {name:?}, which {reason}; names in an index must be relative and stay below its directory",
-        Shown(path)
-    )]
+        "{}: tensor {tensor} is mapped to the file name {name}, which {reason}; names in an index must be relative and stay below its directory",
+        Shown(path), tensor = Quoted(tensor), name = Quoted(name))]
     UnsafeFileName {
         /// The index file.
         path: PathBuf,
@@ -612,7 +599,7 @@ pub enum Error {
         missing: Vec<String>,
     },
     /// The index maps a tensor to a shard that does not hold it.
-    #[error("{}: tensor {tensor:?} is mapped to {shard:?}, which does not hold it{}", Shown(path), Elsewhere(found_in.as_deref(), *others))]
+    #[error("{}: tensor {tensor} is mapped to {shard}, which does not hold it{}", Shown(path), Elsewhere(found_in.as_deref(), *others), tensor = Quoted(tensor), shard = Quoted(shard))]
     TensorNotInShard {
         /// The index file.
         path: PathBuf,
@@ -627,9 +614,8 @@ pub enum Error {
     },
     /// Two shards of one index hold the same tensor.
     #[error(
-        "{}: tensor {tensor:?} is in two shards, {first:?} and {second:?}",
-        Shown(path)
-    )]
+        "{}: tensor {tensor} is in two shards, {first} and {second}",
+        Shown(path), tensor = Quoted(tensor), first = Quoted(first), second = Quoted(second))]
     TensorInTwoShards {
         /// The index file.
         path: PathBuf,
@@ -650,10 +636,9 @@ pub enum Error {
     },
     /// Without an index, two files of a directory hold the same tensor.
     #[error(
-        "{}: no index says which files belong together, and tensor {tensor:?} is in both {first:?} and {second:?}; give the path of the one file you want{}",
+        "{}: no index says which files belong together, and tensor {tensor} is in both {first} and {second}; give the path of the one file you want{}",
         Shown(path),
-        ConsolidatedHint(first, second)
-    )]
+        ConsolidatedHint(first, second), tensor = Quoted(tensor), first = Quoted(first), second = Quoted(second))]
     TensorInTwoFiles {
         /// The directory.
         path: PathBuf,
@@ -668,9 +653,8 @@ pub enum Error {
     // --- ServerlessLLM ---------------------------------------------------------------------
     /// An entry has neither five nor six fields.
     #[error(
-        "{}: tensor {tensor:?}: its entry has {count} fields; the store dialect has 5 and the partitioned dialect 6",
-        Shown(path)
-    )]
+        "{}: tensor {tensor}: its entry has {count} fields; the store dialect has 5 and the partitioned dialect 6",
+        Shown(path), tensor = Quoted(tensor))]
     FieldCount {
         /// The index file.
         path: PathBuf,
@@ -681,9 +665,8 @@ pub enum Error {
     },
     /// One index holds entries of both dialects.
     #[error(
-        "{}: mixes the dialects: tensor {store:?} has 5 fields (store) and tensor {partitioned:?} has 6 (partitioned)",
-        Shown(path)
-    )]
+        "{}: mixes the dialects: tensor {store} has 5 fields (store) and tensor {partitioned} has 6 (partitioned)",
+        Shown(path), store = Quoted(store), partitioned = Quoted(partitioned))]
     MixedDialects {
         /// The index file.
         path: PathBuf,
@@ -705,7 +688,7 @@ pub enum Error {
         partitions: usize,
     },
     /// A tensor of the store dialect runs over the end of its partition into the next one.
-    #[error("{}: tensor {tensor:?}: bytes {offset}..{} cross the end of tensor.data_{partition} at {partition_end}; a partition is not as long as it was written, or the index belongs to other partitions: copy the whole checkpoint again", Shown(path), offset.saturating_add(*bytes))]
+    #[error("{}: tensor {tensor}: bytes {offset}..{} cross the end of tensor.data_{partition} at {partition_end}; a partition is not as long as it was written, or the index belongs to other partitions: copy the whole checkpoint again", Shown(path), offset.saturating_add(*bytes), tensor = Quoted(tensor))]
     CrossesPartition {
         /// The index file.
         path: PathBuf,
@@ -753,9 +736,8 @@ pub enum Error {
     },
     /// The stride of a tensor has not one number per dimension.
     #[error(
-        "{}: tensor {tensor:?}: {dimensions} dimensions but {strides} strides",
-        Shown(path)
-    )]
+        "{}: tensor {tensor}: {dimensions} dimensions but {strides} strides",
+        Shown(path), tensor = Quoted(tensor))]
     StrideCount {
         /// The index file.
         path: PathBuf,
@@ -767,7 +749,7 @@ pub enum Error {
         strides: usize,
     },
     /// A strided view reaches past the end of its storage.
-    #[error("{}: tensor {tensor:?}: its strided view reaches {needed_bytes} bytes, but its storage has {}", Shown(path), Count(*stored_bytes, "byte"))]
+    #[error("{}: tensor {tensor}: its strided view reaches {needed_bytes} bytes, but its storage has {}", Shown(path), Count(*stored_bytes, "byte"), tensor = Quoted(tensor))]
     StorageTooSmall {
         /// The index file.
         path: PathBuf,
@@ -780,9 +762,8 @@ pub enum Error {
     },
     /// The end of a tensor's bytes overflows 64 bits.
     #[error(
-        "{}: tensor {tensor:?}: the end of its bytes (offset {offset}, size {bytes}) overflows 64 bits",
-        Shown(path)
-    )]
+        "{}: tensor {tensor}: the end of its bytes (offset {offset}, size {bytes}) overflows 64 bits",
+        Shown(path), tensor = Quoted(tensor))]
     RangeOverflow {
         /// The index file.
         path: PathBuf,
@@ -796,23 +777,21 @@ pub enum Error {
 
     // --- Layouts ---------------------------------------------------------------------------
     /// Two tensors to be written have the same name.
-    #[error("tensor {tensor:?} is to be written twice; names must be unique")]
+    #[error("tensor {tensor} is to be written twice; names must be unique", tensor = Quoted(tensor))]
     DuplicateSpec {
         /// The tensor.
         tensor: String,
     },
     /// A tensor to be written has the name that SafeTensors keeps for its metadata.
     #[error(
-        "tensor {tensor:?} cannot be written to SafeTensors: the format keeps that name for its metadata"
-    )]
+        "tensor {tensor} cannot be written to SafeTensors: the format keeps that name for its metadata", tensor = Quoted(tensor))]
     ReservedName {
         /// The tensor.
         tensor: String,
     },
     /// A tensor to be written has a size that overflows 64 bits or does not fill whole bytes.
     #[error(
-        "tensor {tensor:?} cannot be written: {dtype} {shape:?} overflows 64 bits or does not fill whole bytes"
-    )]
+        "tensor {tensor} cannot be written: {dtype} {shape} overflows 64 bits or does not fill whole bytes", tensor = Quoted(tensor), shape = Shape(shape))]
     SpecSize {
         /// The tensor.
         tensor: String,
@@ -823,8 +802,7 @@ pub enum Error {
     },
     /// The format to be written has no such dtype.
     #[error(
-        "tensor {tensor:?} cannot be written: {format} has no dtype {dtype}; write SafeTensors instead"
-    )]
+        "tensor {tensor} cannot be written: {format} has no dtype {dtype}; write SafeTensors instead", tensor = Quoted(tensor))]
     DtypeNotInFormat {
         /// The tensor.
         tensor: String,
@@ -835,8 +813,7 @@ pub enum Error {
     },
     /// The header of a file to be written would be above the format's limit.
     #[error(
-        "{file}: its header would take {header_bytes} bytes, above the format's limit of {limit_bytes}; write more shards, or align the data less"
-    )]
+        "{file}: its header would take {header_bytes} bytes, above the format's limit of {limit_bytes}; write more shards, or align the data less", file = Plain(file))]
     LayoutHeaderTooLarge {
         /// The file's name.
         file: String,
@@ -852,47 +829,11 @@ pub enum Error {
         alignment_bytes: u64,
     },
     /// The tensors together are longer than 64 bits can count.
-    #[error("tensor {tensor:?} cannot be written: the checkpoint would pass 2^64 bytes with it")]
+    #[error("tensor {tensor} cannot be written: the checkpoint would pass 2^64 bytes with it", tensor = Quoted(tensor))]
     LayoutOverflow {
         /// The first tensor that does not fit.
         tensor: String,
     },
-}
-
-/// A path without control characters: its last part may come from an index, and so from somebody who
-/// would like to write to the reader's terminal.
-struct Shown<'a>(&'a Path);
-
-impl fmt::Display for Shown<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for character in self.0.to_string_lossy().chars() {
-            if character.is_control() {
-                write!(f, "{}", character.escape_default())?;
-            } else {
-                f.write_char(character)?;
-            }
-        }
-        Ok(())
-    }
-}
-
-/// How many names of a list a message shows.
-const SHOWN: usize = 5;
-
-/// The first names of a list, quoted, and how many more there are.
-pub(crate) struct FirstOf<'a>(pub(crate) &'a [String]);
-
-impl fmt::Display for FirstOf<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (index, name) in self.0.iter().take(SHOWN).enumerate() {
-            let separator = if index == 0 { "" } else { ", " };
-            write!(f, "{separator}{name:?}")?;
-        }
-        match self.0.len().checked_sub(SHOWN) {
-            Some(more) if more > 0 => write!(f, " and {more} more"),
-            _ => Ok(()),
-        }
-    }
 }
 
 struct FoundInstead<'a>(&'a [String]);
@@ -916,15 +857,6 @@ impl fmt::Display for Present<'_> {
         } else {
             write!(f, "there: {}", FirstOf(self.0))
         }
-    }
-}
-
-struct Ranks<'a>(&'a [u32]);
-
-impl fmt::Display for Ranks<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let names: Vec<String> = self.0.iter().map(u32::to_string).collect();
-        f.write_str(&names.join(", "))
     }
 }
 
@@ -956,7 +888,7 @@ struct Elsewhere<'a>(Option<&'a str>, usize);
 impl fmt::Display for Elsewhere<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if let Some(shard) = self.0 {
-            write!(f, " ({shard:?} does)")?;
+            write!(f, " ({} does)", Quoted(shard))?;
         }
         if self.1 > 0 {
             write!(f, "; the same is true of {} more", self.1)?;
@@ -970,7 +902,7 @@ struct NeededBy<'a>(Option<&'a str>);
 impl fmt::Display for NeededBy<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.0 {
-            Some(tensor) => write!(f, ", and tensor {tensor:?} lies in it"),
+            Some(tensor) => write!(f, ", and tensor {} lies in it", Quoted(tensor)),
             None => f.write_str(" between others"),
         }
     }

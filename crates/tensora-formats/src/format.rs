@@ -3,6 +3,8 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::quote::Quoted;
+
 /// The on-disk formats that Tensora reads and writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[non_exhaustive]
@@ -21,7 +23,8 @@ pub enum Format {
 /// A name that no [`Format`] has.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "unknown format {name:?}; the formats are safetensors, serverlessllm-store and serverlessllm-partitioned"
+    "unknown format {}; the formats are safetensors, serverlessllm-store and serverlessllm-partitioned",
+    Quoted(name)
 )]
 pub struct UnknownFormatName {
     name: String,

@@ -117,8 +117,7 @@ impl Place<'_> {
         let path = self.path.to_owned();
         let tensor = self.tensor.to_owned();
         let field = self.field;
-        // A message need not repeat a number of a million digits.
-        let value = text.chars().take(40).collect();
+        let value = text.to_owned();
         Err(if text.contains(['.', 'e', 'E']) {
             Error::FractionalNumber {
                 path,

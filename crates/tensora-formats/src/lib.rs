@@ -16,6 +16,7 @@ mod json;
 mod layout;
 mod note;
 mod options;
+mod quote;
 mod recognise;
 mod safetensors;
 mod serverlessllm;

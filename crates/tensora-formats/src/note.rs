@@ -1,6 +1,6 @@
 use std::fmt;
 
-use crate::error::FirstOf;
+use crate::quote::{FirstOf, Quoted};
 
 /// Something about a checkpoint that is worth telling a user and is no error.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -68,7 +68,8 @@ impl fmt::Display for Note {
                 actual_bytes,
             } => write!(
                 f,
-                "{index:?} states a total_size of {stated_bytes} bytes, but its tensors have {actual_bytes}"
+                "{} states a total_size of {stated_bytes} bytes, but its tensors have {actual_bytes}",
+                Quoted(index)
             ),
             Self::FilesLeftAlone { files } => {
                 write!(
@@ -90,7 +91,11 @@ impl fmt::Display for Note {
                 dropped,
             } => write!(
                 f,
-                "__metadata__ {key:?} differs between shards: kept {kept:?}, dropped {dropped:?} of {file:?}"
+                "__metadata__ {} differs between shards: kept {}, dropped {} of {}",
+                Quoted(key),
+                Quoted(kept),
+                Quoted(dropped),
+                Quoted(file)
             ),
             Self::NotContiguous { tensors } => {
                 write!(
@@ -108,7 +113,8 @@ impl fmt::Display for Note {
             ),
             Self::UnusedTail { file, begin, bytes } => write!(
                 f,
-                "{file:?} goes on for {bytes} bytes after its last tensor, which ends at byte {begin}; they were left alone"
+                "{} goes on for {bytes} bytes after its last tensor, which ends at byte {begin}; they were left alone",
+                Quoted(file)
             ),
         }
     }

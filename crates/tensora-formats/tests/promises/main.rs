@@ -7,6 +7,7 @@ mod agreement;
 mod fixture;
 mod header_rules;
 mod layouts;
+mod messages;
 mod recognition;
 mod rule_table;
 mod scale;

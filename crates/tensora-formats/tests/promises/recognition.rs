@@ -529,7 +529,7 @@ mod unix {
         assert_refused!(
             Err::<(), _>(error),
             Error::Io { .. },
-            path.display(),
+            directory.path().display(),
             "could not access"
         );
     }
