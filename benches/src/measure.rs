@@ -100,7 +100,13 @@ fn measure_cell(
                 file_bytes
             };
             pages::prime_memory(memory)?;
-            pages::prepare(&files, state)?;
+            let share = pages::prepare(&files, state)?;
+            ensure!(
+                state == CacheState::Cold || share >= pages::WARM_SHARE,
+                "{} does not stay in the page cache ({:.1} %): is there enough memory?",
+                subject.path.display(),
+                share * 100.0
+            );
             let printed = case.run(&bench.programs, &subject.path, &files)?;
             ensure!(
                 printed.data_bytes >= index.data_bytes(),

@@ -86,11 +86,13 @@ fn show(tensora: &Path, checkpoint: &Path) -> Result<Vec<String>> {
     let status = Command::new(tensora).arg("plan").arg(checkpoint).status()?;
     ensure!(status.success(), "tensora plan failed");
 
-    println!("\nEach way once, with nothing in the page cache, then again with everything in it.");
+    println!(
+        "\nEach way once, with nothing in the page cache, then again with all that fits in it."
+    );
     println!("One round is a look, not a measurement; `cargo xtask bench` measures.\n");
     println!(
-        "{:<10} {:<6} {:<9} {:<7} {:<7} {:>9} {:>8}  content digest",
-        "asked for", "cache", "backend", "memory", "direct", "seconds", "GB/s"
+        "{:<10} {:<7} {:<9} {:<7} {:<7} {:>9} {:>8}  content digest",
+        "asked for", "cached", "backend", "memory", "direct", "seconds", "GB/s"
     );
     let index = CheckpointIndex::open(checkpoint)?;
     let files: Vec<_> = index.files().iter().map(|file| file.path.clone()).collect();
@@ -98,10 +100,11 @@ fn show(tensora: &Path, checkpoint: &Path) -> Result<Vec<String>> {
     for state in [CacheState::Cold, CacheState::Warm] {
         for choice in ["auto", "sync", "async", "io-uring", "mmap"] {
             tensora_benches::prime_memory(index.data_bytes())?;
-            tensora_benches::prepare(&files, state)?;
+            let share = tensora_benches::prepare(&files, state)?;
             let loaded = load(tensora, checkpoint, choice)?;
             println!(
-                "{choice:<10} {state:<6} {:<9} {:<7} {:<7} {:>9.3} {:>8.2}  {}…",
+                "{choice:<10} {:>5.1} % {:<9} {:<7} {:<7} {:>9.3} {:>8.2}  {}…",
+                share * 100.0,
                 loaded.backend,
                 loaded.memory,
                 if loaded.plan.direct { "yes" } else { "no" },
