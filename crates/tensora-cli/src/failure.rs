@@ -118,6 +118,12 @@ fn conversion_hint(error: &ConvertError) -> Option<&'static str> {
              with `--to serverlessllm-store`",
         ),
         ConvertError::MemoryLimit { .. } => Some("`--memory-limit SIZE` sets the limit"),
+        ConvertError::Read(tensora::io::Error::Memory { .. }) => {
+            Some("`--memory-limit SIZE` makes the buffers smaller, down to 1MiB")
+        }
+        ConvertError::Read(tensora::io::Error::Thread { .. }) => {
+            Some("a limit on address space (ulimit -v) refuses threads, too")
+        }
         ConvertError::TargetOccupied { .. } => Some("`--force` replaces it"),
         ConvertError::Cancelled => Some("what was written has been removed"),
         _ => None,

@@ -11,12 +11,12 @@ use std::time::Instant;
 
 use tensora_formats::{FileEntry, PlannedFile};
 use tensora_io::{
-    Backend, BackendKind, Control, DirectFallback, DirectPolicy, ReadRequest, Region, SourceFile,
-    TransferParams, backend,
+    Backend, BackendKind, Control, DirectFallback, DirectPolicy, MemoryFacts, ReadRequest, Region,
+    SourceFile, TransferParams, backend,
 };
 
 use crate::target::{Staging, check_occupancy, file_size_limit_bytes, free_bytes, refused};
-use crate::{ConversionNote, ConversionPlan, ConversionReport, Error, Result};
+use crate::{ConversionNote, ConversionPlan, ConversionReport, ConvertOptions, Error, Result};
 
 /// One buffer is filled and one emptied, and each side may run one ahead.
 const BUFFERS: u64 = 4;
@@ -52,8 +52,7 @@ pub(crate) fn run(plan: &ConversionPlan, control: &Control) -> Result<Conversion
     let mut staging = Staging::new(&plan.target)?;
     check_occupancy(&plan.target, plan.layout.format, plan.overwrite)?;
 
-    let buffer_bytes = buffer_bytes(plan.memory_limit_bytes);
-    let fallbacks = copy(plan, &sources, &mut staging, buffer_bytes, control)?;
+    let fallbacks = copy(plan, &sources, &mut staging, control)?;
     for (source, entry) in sources.iter().zip(&plan.source_files) {
         let actual_bytes = source.current_len().map_err(Error::reading)?;
         check_length(entry, actual_bytes)?;
@@ -76,7 +75,7 @@ pub(crate) fn run(plan: &ConversionPlan, control: &Control) -> Result<Conversion
         tensors: plan.tensors(),
         data_bytes: plan.data_bytes(),
         target_bytes: plan.target_bytes(),
-        buffer_bytes: BUFFERS * (buffer_bytes + ALIGNMENT_BYTES),
+        buffer_bytes: plan.buffers.total_bytes(),
         elapsed: start.elapsed(),
         notes,
     })
@@ -107,13 +106,74 @@ fn check_length(entry: &FileEntry, actual_bytes: u64) -> Result<()> {
     })
 }
 
-/// How much of a target file passes through one buffer, so that all buffers together stay within the
-/// limit.
-fn buffer_bytes(memory_limit_bytes: u64) -> u64 {
-    // Room in front, by which data moves to be congruent with its source.
-    let usable = (memory_limit_bytes / BUFFERS).saturating_sub(ALIGNMENT_BYTES);
-    let aligned = usable - usable % ALIGNMENT_BYTES;
-    aligned.clamp(ALIGNMENT_BYTES, MAX_BUFFER_BYTES)
+/// The buffers that all data passes through.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Buffers {
+    count: u64,
+    /// How much of a target file passes through one of them; a multiple of the alignment.
+    bytes: u64,
+}
+
+impl Buffers {
+    /// What is good for target files of these lengths, within the limit and within what the machine
+    /// leaves to this process.
+    pub(crate) fn plan(limit_bytes: u64, file_bytes: &[u64], memory: &MemoryFacts) -> Result<Self> {
+        let wanted = Self::within(limit_bytes, file_bytes);
+        let Some((available_bytes, source)) = memory.usable_bytes() else {
+            return Ok(wanted);
+        };
+        // The other half is for threads, metadata, and whoever else takes from it meanwhile.
+        let room_bytes = available_bytes / 2;
+        if wanted.total_bytes() <= room_bytes {
+            return Ok(wanted);
+        }
+        if room_bytes < ConvertOptions::MIN_MEMORY_LIMIT_BYTES {
+            let least_bytes = wanted
+                .total_bytes()
+                .min(ConvertOptions::MIN_MEMORY_LIMIT_BYTES);
+            return Err(Error::NotEnoughMemory {
+                needed_bytes: 2 * least_bytes,
+                available_bytes,
+                remedy: match source {
+                    "cgroup" => "raise the control group's memory limit",
+                    "rlimit" => "raise the limits of the process (ulimit -v, ulimit -d)",
+                    _ => "free memory on the machine",
+                },
+            });
+        }
+        let shrunk = Self::within(room_bytes, file_bytes);
+        tracing::debug!(
+            available_bytes,
+            buffer_bytes = shrunk.total_bytes(),
+            "memory is short, so buffers are smaller"
+        );
+        Ok(shrunk)
+    }
+
+    /// As many and as large as the limit allows and the files can use.
+    fn within(limit_bytes: u64, file_bytes: &[u64]) -> Self {
+        // Room in front, by which data moves to be congruent with its source.
+        let usable = (limit_bytes / BUFFERS).saturating_sub(ALIGNMENT_BYTES);
+        let allowed = (usable - usable % ALIGNMENT_BYTES).min(MAX_BUFFER_BYTES);
+        let largest = file_bytes.iter().copied().max().unwrap_or(0);
+        let useful = largest.min(MAX_BUFFER_BYTES);
+        let bytes = useful
+            .next_multiple_of(ALIGNMENT_BYTES)
+            .min(allowed)
+            .max(ALIGNMENT_BYTES);
+        let uses = file_bytes.iter().fold(0, |sum: u64, file| {
+            sum.saturating_add(file.div_ceil(bytes).max(1))
+        });
+        Self {
+            count: uses.clamp(1, BUFFERS),
+            bytes,
+        }
+    }
+
+    /// What they take together.
+    fn total_bytes(self) -> u64 {
+        self.count * (self.bytes + ALIGNMENT_BYTES)
+    }
 }
 
 /// A buffer on its way to the writer.
@@ -131,9 +191,9 @@ fn copy(
     plan: &ConversionPlan,
     sources: &[SourceFile],
     staging: &mut Staging,
-    buffer_bytes: u64,
     control: &Control,
 ) -> Result<Vec<DirectFallback>> {
+    let Buffers { count, bytes } = plan.buffers;
     let backend = backend(BackendKind::Sync).map_err(Error::reading)?;
     let mut reader = Reader {
         plan,
@@ -143,9 +203,9 @@ fn copy(
         fallbacks: Vec::new(),
     };
     let (empty_sender, empty_receiver) = mpsc::channel();
-    for _ in 0..BUFFERS {
-        let bytes = usize::try_from(buffer_bytes + ALIGNMENT_BYTES).unwrap_or(usize::MAX);
-        let region = Region::allocate(bytes).map_err(Error::reading)?;
+    for _ in 0..count {
+        let length = usize::try_from(bytes + ALIGNMENT_BYTES).unwrap_or(usize::MAX);
+        let region = Region::allocate(length).map_err(Error::reading)?;
         // The receiver is right here.
         let _ = empty_sender.send(region);
     }
@@ -160,7 +220,7 @@ fn copy(
             .map_err(|source| Error::Thread { source })?;
         // Owned in here, because the writer ends when it is dropped, also by a panic of the reader.
         let filled = filled_sender;
-        let read = reader.read_all(buffer_bytes, &empty_receiver, &filled);
+        let read = reader.read_all(bytes, &empty_receiver, &filled);
         drop(filled);
         let written = writer.join().unwrap_or_else(|panic| resume_unwind(panic));
         // A reader that stopped early because the writer did has no error of its own.
@@ -397,7 +457,6 @@ fn write_error(path: &Path, needed_bytes: u64, source: io::Error) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ConvertOptions;
     use proptest::prelude::*;
     use tensora_formats::{CheckpointIndex, Dtype, Format, TensorSpec, store_layout};
     use tensora_io::ReadStats;
@@ -514,14 +573,54 @@ mod tests {
         assert_eq!(notes, [expected]);
     }
 
+    #[test]
+    fn buffers_are_no_larger_than_the_data() {
+        let unknown = MemoryFacts::default();
+        let buffers = Buffers::plan(256 << 20, &[418 << 10], &unknown).unwrap();
+        assert_eq!(
+            buffers.total_bytes(),
+            (418 << 10) + 2 * 1024 + ALIGNMENT_BYTES
+        );
+        let buffers = Buffers::plan(256 << 20, &[1 << 40], &unknown).unwrap();
+        assert_eq!(
+            buffers.total_bytes(),
+            BUFFERS * (MAX_BUFFER_BYTES + ALIGNMENT_BYTES)
+        );
+    }
+
+    #[test]
+    fn too_little_memory_is_refused_with_the_numbers() {
+        let mut memory = MemoryFacts::default();
+        memory.available_bytes = Some(1 << 30);
+        memory.cgroup_available_bytes = Some(1 << 20);
+        let error = Buffers::plan(256 << 20, &[1 << 40], &memory).unwrap_err();
+        let text = error.to_string();
+        for part in ["2097152", "1048576", "control group"] {
+            assert!(text.contains(part), "{part}: {text}");
+        }
+        // What is small needs little.
+        let buffers = Buffers::plan(256 << 20, &[100_000], &memory).unwrap();
+        assert!(buffers.total_bytes() < 1 << 19);
+    }
+
     proptest! {
         #[test]
         fn all_buffers_together_stay_within_the_limit(
             limit in ConvertOptions::MIN_MEMORY_LIMIT_BYTES..1 << 30,
+            available in prop::option::of(2 * ConvertOptions::MIN_MEMORY_LIMIT_BYTES..1 << 30),
+            files in prop::collection::vec(prop_oneof![0u64..100_000, 0u64..1 << 40], 0..5),
         ) {
-            let bytes = buffer_bytes(limit);
-            prop_assert!(BUFFERS * (bytes + ALIGNMENT_BYTES) <= limit);
-            prop_assert!(bytes > 0 && bytes.is_multiple_of(ALIGNMENT_BYTES));
+            let mut memory = MemoryFacts::default();
+            memory.available_bytes = available;
+            let buffers = Buffers::plan(limit, &files, &memory).unwrap();
+            let total = buffers.total_bytes();
+            prop_assert!(total <= limit && total <= available.map_or(u64::MAX, |bytes| bytes / 2));
+            prop_assert!(buffers.bytes > 0 && buffers.bytes.is_multiple_of(ALIGNMENT_BYTES));
+            // None is larger than the largest file can fill, and there is not one that nothing uses.
+            let largest = files.iter().copied().max().unwrap_or(0);
+            prop_assert!(buffers.bytes < largest.max(1) + ALIGNMENT_BYTES);
+            let uses: u64 = files.iter().map(|file| file.div_ceil(buffers.bytes).max(1)).sum();
+            prop_assert!(buffers.count >= 1 && buffers.count <= uses.max(1));
         }
 
         #[test]

@@ -194,6 +194,18 @@ pub enum Error {
     },
 
     // --- Resources -------------------------------------------------------------------------
+    /// The machine, or a limit on this process, leaves too little memory for any buffers.
+    #[error(
+        "a conversion needs {needed_bytes} bytes of memory, but only {available_bytes} are left; {remedy}"
+    )]
+    NotEnoughMemory {
+        /// What the smallest buffers and everything else take, in bytes.
+        needed_bytes: u64,
+        /// What is left, in bytes.
+        available_bytes: u64,
+        /// What would leave more.
+        remedy: &'static str,
+    },
     /// Memory could not be had.
     #[error("no memory for {bytes} bytes of {purpose}")]
     Memory {
@@ -204,7 +216,7 @@ pub enum Error {
     },
     /// The system refused another thread.
     #[error(
-        "starting the writer thread failed: {source}; raise the limit on processes (ulimit -u)"
+        "starting the writer thread failed: {source}; raise the limits on processes (ulimit -u) and on address space (ulimit -v)"
     )]
     Thread {
         /// The operating system's answer.

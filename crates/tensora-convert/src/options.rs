@@ -71,7 +71,8 @@ impl ConvertOptions {
 
     /// The most memory, in bytes, that data on its way takes at any time; at least
     /// [`MIN_MEMORY_LIMIT_BYTES`](Self::MIN_MEMORY_LIMIT_BYTES). Metadata, and up to 4 MiB in which
-    /// direct reads align what is not aligned, come on top.
+    /// direct reads align what is not aligned, come on top. Less is taken where the data is less, and
+    /// never more than half of what the machine leaves to this process.
     #[must_use]
     pub fn memory_limit_bytes(mut self, memory_limit_bytes: u64) -> Self {
         self.memory_limit_bytes = memory_limit_bytes;
@@ -96,7 +97,8 @@ impl ConvertOptions {
     /// - [`Error::Layout`] for a checkpoint that the format cannot hold, such as a dtype that it lacks;
     /// - [`Error::NotADirectory`], [`Error::TargetIsSource`], [`Error::TargetOccupied`],
     ///   [`Error::OtherCheckpoint`], [`Error::LeftOver`], [`Error::NotEnoughSpace`] and
-    ///   [`Error::Target`] for a directory that it cannot be written to.
+    ///   [`Error::Target`] for a directory that it cannot be written to;
+    /// - [`Error::NotEnoughMemory`] for a machine that leaves no memory for buffers.
     pub fn plan(
         &self,
         source: &CheckpointIndex,

@@ -5,9 +5,9 @@ use tensora_formats::{
     CheckpointIndex, CheckpointLayout, FileEntry, Format, STORE_PARTITION_BYTES, TensorEntry,
     TensorSpec, partitioned_layout, store_layout,
 };
-use tensora_io::Control;
+use tensora_io::{Control, Platform};
 
-use crate::copy::{self, Place};
+use crate::copy::{self, Buffers, Place};
 use crate::target::{check_directory, or_current};
 use crate::{ConversionNote, ConversionReport, ConvertOptions, Error, Overwrite, Result};
 
@@ -20,7 +20,7 @@ pub struct ConversionPlan {
     pub(crate) target: PathBuf,
     pub(crate) layout: CheckpointLayout,
     pub(crate) overwrite: Overwrite,
-    pub(crate) memory_limit_bytes: u64,
+    pub(crate) buffers: Buffers,
     source_format: Format,
     free_bytes: Option<u64>,
     notes: Vec<ConversionNote>,
@@ -55,6 +55,9 @@ impl ConversionPlan {
 
         let target = or_current(target).to_owned();
         let free_bytes = check_directory(&target, source, options.target, options.overwrite)?;
+        let file_bytes: Vec<u64> = layout.files.iter().map(|file| file.bytes).collect();
+        let memory = Platform::probe().memory;
+        let buffers = Buffers::plan(options.memory_limit_bytes, &file_bytes, &memory)?;
         let mut notes = Vec::new();
         if !source.metadata().is_empty() {
             notes.push(ConversionNote::MetadataDropped {
@@ -74,7 +77,7 @@ impl ConversionPlan {
             target,
             layout,
             overwrite: options.overwrite,
-            memory_limit_bytes: options.memory_limit_bytes,
+            buffers,
             source_format: source.format(),
             free_bytes,
             notes,

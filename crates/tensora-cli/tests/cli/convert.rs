@@ -303,3 +303,32 @@ fn a_limit_on_file_sizes_is_an_error_that_leaves_nothing_behind() {
     assert!(error.contains("ulimit -f"), "{error}");
     assert!(!target.exists(), "{:?}", names(&target));
 }
+
+/// Buffers make do with what is left.
+#[cfg(target_os = "linux")]
+#[test]
+fn buffers_are_as_large_as_data_and_machine_allow() {
+    let directory = tempfile::tempdir().unwrap();
+    let source = directory.path().join("model.safetensors");
+    let target = directory.path().join("out");
+    // Room for less than the 96 MiB that the buffers would take.
+    let program = env!("CARGO_BIN_EXE_tensora");
+    let convert = |prelude: &str| {
+        let script = format!(
+            "{prelude} exec '{program}' convert \"$0\" \"$1\" --to serverlessllm-store --force --json"
+        );
+        let output = std::process::Command::new("sh")
+            .args(["-c", &script])
+            .args([&source, &target])
+            .output();
+        crate::support::Answer::from(output.unwrap()).json()["buffer_bytes"]
+            .as_u64()
+            .unwrap()
+    };
+    sparse(&source, 96 << 20);
+    let shrunk = convert("ulimit -v 100000;");
+    assert!(shrunk < 50 << 20, "{shrunk}");
+    sparse(&source, 400_000);
+    let small = convert("");
+    assert!((400_000..420_000).contains(&small), "{small}");
+}
