@@ -19,7 +19,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 pub enum Error {
     // --- Paths and files -------------------------------------------------------------------
     /// The operating system refused an operation.
-    #[error("{}: could not {operation}: {source}", Shown(path))]
+    #[error("{}: could not {operation}: {source}{}", Shown(path), Remedy(source))]
     Io {
         /// What was being accessed.
         path: PathBuf,
@@ -87,6 +87,18 @@ pub enum Error {
         path: PathBuf,
         /// What it holds instead, sorted by name.
         found: Vec<String>,
+    },
+    /// A directory holds no checkpoint that Tensora reads, but weights of other formats.
+    #[error(
+        "{}: holds no SafeTensors or ServerlessLLM checkpoint, but files of formats that Tensora does not read: {}; convert them, or download the repository's .safetensors files",
+        Shown(path),
+        FirstOf(files)
+    )]
+    ForeignDirectory {
+        /// The directory.
+        path: PathBuf,
+        /// The files whose names end as those of another format, sorted.
+        files: Vec<String>,
     },
     /// A directory holds several SafeTensors indexes and none has the default name.
     #[error(
@@ -203,7 +215,7 @@ pub enum Error {
     // --- The frame of a SafeTensors file ---------------------------------------------------
     /// The file is shorter than the 8 bytes that give the header's length.
     #[error(
-        "{}: {file_bytes} bytes long; a SafeTensors file starts with 8 bytes that give the header's length",
+        "{}: {file_bytes} bytes long; a SafeTensors file starts with 8 bytes that give the header's length: download or copy the file again",
         Shown(path)
     )]
     FileTooShort {
@@ -214,7 +226,7 @@ pub enum Error {
     },
     /// The header's length is above the format's limit.
     #[error(
-        "{}: the first 8 bytes give a header of {header_bytes} bytes, above the limit of {limit_bytes}; this is not a SafeTensors file, or it is damaged",
+        "{}: the first 8 bytes give a header of {header_bytes} bytes, above the limit of {limit_bytes}; this is not a SafeTensors file, or it is damaged: download or copy it again",
         Shown(path)
     )]
     HeaderTooLarge {
@@ -227,7 +239,7 @@ pub enum Error {
     },
     /// The header does not fit into the file.
     #[error(
-        "{}: the header of {header_bytes} bytes ends past the end of the file ({file_bytes} bytes); the file is cut short or is no SafeTensors file",
+        "{}: the header of {header_bytes} bytes ends past the end of the file ({file_bytes} bytes); the file is cut short or is no SafeTensors file: download or copy it again",
         Shown(path)
     )]
     HeaderPastEnd {
@@ -251,7 +263,7 @@ pub enum Error {
         damaged: Vec<String>,
     },
     /// The file goes on after the data that its header describes.
-    #[error("{}: {file_bytes} bytes long, but its header describes only {described_bytes}; {} left over at the end", Shown(path), Count(file_bytes.saturating_sub(*described_bytes), "byte"))]
+    #[error("{}: {file_bytes} bytes long, but its header describes only {described_bytes}; {} left over at the end; the file is damaged or was written over a longer one: download or copy it again", Shown(path), Count(file_bytes.saturating_sub(*described_bytes), "byte"))]
     TrailingBytes {
         /// The file.
         path: PathBuf,
@@ -264,7 +276,7 @@ pub enum Error {
     // --- JSON: headers and indexes ---------------------------------------------------------
     /// An index file is too large to be one.
     #[error(
-        "{}: {bytes} bytes long, above the limit of {limit_bytes} for an index",
+        "{}: {bytes} bytes long, above the limit of {limit_bytes} for an index; this is some other file under an index's name, or it is damaged: download it again",
         Shown(path)
     )]
     IndexTooLarge {
@@ -277,7 +289,7 @@ pub enum Error {
     },
     /// The JSON text is not UTF-8.
     #[error(
-        "{}: the JSON text is not UTF-8 from its byte {offset} on",
+        "{}: the JSON text is not UTF-8 from its byte {offset} on; the file is damaged or was written wrongly: download or copy it again",
         Shown(path)
     )]
     NotUtf8 {
@@ -297,7 +309,7 @@ pub enum Error {
     },
     /// The JSON text is padded with NUL bytes.
     #[error(
-        "{}: the JSON text is padded with NUL bytes from its byte {offset} on; the format pads with spaces",
+        "{}: the JSON text is padded with NUL bytes from its byte {offset} on; the format pads with spaces: write the file anew",
         Shown(path)
     )]
     NulPadding {
@@ -305,6 +317,17 @@ pub enum Error {
         path: PathBuf,
         /// The first NUL byte, counted from the start of the JSON text.
         offset: u64,
+    },
+    /// There is no JSON text where one must be.
+    #[error(
+        "{}: its {text} is empty; an interrupted download or copy leaves such a file behind: download or copy it again",
+        Shown(path)
+    )]
+    EmptyText {
+        /// The file.
+        path: PathBuf,
+        /// What is empty: `header` or `index`.
+        text: &'static str,
     },
     /// The text is not JSON, or not of the expected form in a way that no other variant describes.
     #[error(
@@ -333,7 +356,7 @@ pub enum Error {
         found: &'static str,
     },
     /// A required key is missing from an index.
-    #[error("{}: has no {key}; this is no SafeTensors index", Shown(path), key = Quoted(key))]
+    #[error("{}: has no {key}; this is no SafeTensors index: download the index again, or remove it to open the files without one", Shown(path), key = Quoted(key))]
     MissingKey {
         /// The index file.
         path: PathBuf,
@@ -350,7 +373,7 @@ pub enum Error {
     },
     /// One header or index describes a tensor twice.
     #[error(
-        "{}: tensor {tensor} appears twice; the format forbids it, and which one is meant is unclear",
+        "{}: tensor {tensor} appears twice; the format forbids it, and which one is meant is unclear: write the file anew, or allow that the last one wins",
         Shown(path), tensor = Quoted(tensor))]
     DuplicateTensor {
         /// The file.
@@ -361,7 +384,7 @@ pub enum Error {
 
     // --- One tensor's entry ----------------------------------------------------------------
     /// The dtype is not one that the format has.
-    #[error("{}: tensor {tensor}: unknown dtype {dtype}", Shown(path), tensor = Quoted(tensor), dtype = Quoted(dtype))]
+    #[error("{}: tensor {tensor}: unknown dtype {dtype}, and a guess would be wrong data; correct its spelling, or write the tensor in another dtype, such as bfloat16", Shown(path),  tensor = Quoted(tensor), dtype = Quoted(dtype))]
     UnknownDtype {
         /// The file.
         path: PathBuf,
@@ -614,7 +637,7 @@ pub enum Error {
     },
     /// Two shards of one index hold the same tensor.
     #[error(
-        "{}: tensor {tensor} is in two shards, {first} and {second}",
+        "{}: tensor {tensor} is in two shards, {first} and {second}, and which one is meant is unclear; download the index and both shards again",
         Shown(path), tensor = Quoted(tensor), first = Quoted(first), second = Quoted(second))]
     TensorInTwoShards {
         /// The index file.
@@ -653,7 +676,7 @@ pub enum Error {
     // --- ServerlessLLM ---------------------------------------------------------------------
     /// An entry has neither five nor six fields.
     #[error(
-        "{}: tensor {tensor}: its entry has {count} fields; the store dialect has 5 and the partitioned dialect 6",
+        "{}: tensor {tensor}: its entry has {count} fields; the store dialect has 5 and the partitioned dialect 6: write the index anew",
         Shown(path), tensor = Quoted(tensor))]
     FieldCount {
         /// The index file.
@@ -665,7 +688,7 @@ pub enum Error {
     },
     /// One index holds entries of both dialects.
     #[error(
-        "{}: mixes the dialects: tensor {store} has 5 fields (store) and tensor {partitioned} has 6 (partitioned)",
+        "{}: mixes the dialects: tensor {store} has 5 fields (store) and tensor {partitioned} has 6 (partitioned); the index was put together from two checkpoints: write it anew",
         Shown(path), store = Quoted(store), partitioned = Quoted(partitioned))]
     MixedDialects {
         /// The index file.
@@ -676,7 +699,7 @@ pub enum Error {
         partitioned: String,
     },
     /// A partition is missing between others, or a tensor lies in one that is not there.
-    #[error("{}: tensor.data_{partition} is missing{}; {partitions} partitions are there", Shown(path), NeededBy(tensor.as_deref()))]
+    #[error("{}: tensor.data_{partition} is missing{}; {partitions} partitions are there: copy it from where the checkpoint comes from", Shown(path), NeededBy(tensor.as_deref()))]
     MissingPartition {
         /// The index file.
         path: PathBuf,
@@ -736,7 +759,7 @@ pub enum Error {
     },
     /// The stride of a tensor has not one number per dimension.
     #[error(
-        "{}: tensor {tensor}: {dimensions} dimensions but {strides} strides",
+        "{}: tensor {tensor}: {dimensions} dimensions but {strides} strides; the index is damaged or was written wrongly: write it anew",
         Shown(path), tensor = Quoted(tensor))]
     StrideCount {
         /// The index file.
@@ -749,7 +772,7 @@ pub enum Error {
         strides: usize,
     },
     /// A strided view reaches past the end of its storage.
-    #[error("{}: tensor {tensor}: its strided view reaches {needed_bytes} bytes, but its storage has {}", Shown(path), Count(*stored_bytes, "byte"), tensor = Quoted(tensor))]
+    #[error("{}: tensor {tensor}: its strided view reaches {needed_bytes} bytes, but its storage has {}; the index is damaged or was written wrongly: write it anew", Shown(path), Count(*stored_bytes, "byte"), tensor = Quoted(tensor))]
     StorageTooSmall {
         /// The index file.
         path: PathBuf,
@@ -834,6 +857,20 @@ pub enum Error {
         /// The first tensor that does not fit.
         tensor: String,
     },
+}
+
+/// What to do where the operating system's answer alone does not say it.
+struct Remedy<'a>(&'a io::Error);
+
+impl fmt::Display for Remedy<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self.0.kind() {
+            io::ErrorKind::PermissionDenied => {
+                "; make it readable, and its directories searchable, for the user that runs this"
+            }
+            _ => "",
+        })
+    }
 }
 
 struct FoundInstead<'a>(&'a [String]);

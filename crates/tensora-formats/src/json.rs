@@ -173,8 +173,14 @@ impl Place<'_> {
     }
 }
 
-/// Checks that a JSON file's bytes are UTF-8 text without a byte-order mark.
-pub(crate) fn text<'a>(path: &Path, bytes: &'a [u8]) -> Result<&'a str> {
+/// Checks that the bytes of `what`, a header or an index, are UTF-8 text without a byte-order mark.
+pub(crate) fn text<'a>(path: &Path, what: &'static str, bytes: &'a [u8]) -> Result<&'a str> {
+    if bytes.is_empty() {
+        return Err(Error::EmptyText {
+            path: path.to_owned(),
+            text: what,
+        });
+    }
     let text = std::str::from_utf8(bytes).map_err(|error| Error::NotUtf8 {
         path: path.to_owned(),
         offset: error.valid_up_to() as u64,

@@ -161,10 +161,7 @@ fn open_cached_repository(
 ) -> Result<CheckpointIndex> {
     let snapshots_path = path.join("snapshots");
     if !file::is_directory(&snapshots_path) {
-        return Err(Error::NoCheckpoint {
-            path: path.to_owned(),
-            found: names,
-        });
+        return Err(no_checkpoint(path, names));
     }
     let snapshots = file::list(&snapshots_path)?;
     let snapshot = match main_revision(path)? {
@@ -197,10 +194,33 @@ fn open_cached_repository(
     // Not recognised again as a repository: a snapshot does not hold another cache.
     match open_directory(&snapshot_path, &names, request)? {
         Some(index) => Ok(index),
-        None => Err(Error::NoCheckpoint {
-            path: snapshot_path,
-            found: names,
-        }),
+        None => Err(no_checkpoint(&snapshot_path, names)),
+    }
+}
+
+/// How the names of other formats' weights end.
+const FOREIGN_SUFFIXES: [&str; 13] = [
+    ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".ggml", ".h5", ".hdf5", ".msgpack", ".onnx",
+    ".npz", ".npy",
+];
+
+/// The error for a directory that holds nothing to open.
+fn no_checkpoint(path: &Path, names: Vec<String>) -> Error {
+    let is_foreign = |name: &&String| {
+        let lower = name.to_ascii_lowercase();
+        let ends = FOREIGN_SUFFIXES
+            .iter()
+            .any(|suffix| lower.ends_with(suffix));
+        ends && !name.starts_with('.')
+    };
+    let foreign: Vec<String> = names.iter().filter(is_foreign).cloned().collect();
+    let path = path.to_owned();
+    if foreign.is_empty() {
+        return Error::NoCheckpoint { path, found: names };
+    }
+    Error::ForeignDirectory {
+        path,
+        files: foreign,
     }
 }
 

@@ -74,7 +74,7 @@ pub fn parse_safetensors_header(
 ) -> Result<SafetensorsHeader> {
     let header_bytes = header.len() as u64;
     check_header_bytes(path, header_bytes, file_bytes)?;
-    let text = json::text(path, header)?;
+    let text = json::text(path, "header", header)?;
     let raw: RawHeader =
         serde_json::from_str(text).map_err(|error| diagnosis::diagnose(path, text, &error))?;
     let RawTensors(mut tensors) = raw.tensors;

@@ -32,7 +32,7 @@ pub fn parse_safetensors_index(
     index: &[u8],
     duplicate_names: DuplicateNames,
 ) -> Result<SafetensorsIndex> {
-    let text = json::text(path, index)?;
+    let text = json::text(path, "index", index)?;
     let mut weight_map = None;
     let mut metadata = None;
     for (key, value) in json::object(path, text, text, "the index")? {

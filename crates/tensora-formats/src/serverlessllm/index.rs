@@ -34,7 +34,7 @@ pub fn parse_serverlessllm_index(
     partition_bytes: &[u64],
     duplicate_names: DuplicateNames,
 ) -> Result<ServerlessLlmIndex> {
-    let text = json::text(path, index)?;
+    let text = json::text(path, "index", index)?;
     let mut raw = json::object(path, text, text, "the index")?;
     json::sort_unique(path, &mut raw, duplicate_names)?;
 

@@ -112,6 +112,27 @@ fn trailing_bytes() {
         "11 bytes long",
         "describes only 10",
         "1 byte left over",
+        "download or copy it again",
+    );
+}
+
+#[test]
+fn empty_header() {
+    assert_refused!(
+        parse("", 0),
+        Error::EmptyText { .. },
+        FILE,
+        "its header is empty",
+        "download or copy it again",
+    );
+    // As a file full of zeros has it.
+    let directory = Directory::new();
+    let path = directory.write("zeros.safetensors", [0; 4096]);
+    assert_refused!(
+        CheckpointIndex::open(&path),
+        Error::EmptyText { .. },
+        path.display(),
+        "its header is empty",
     );
 }
 
@@ -146,7 +167,7 @@ fn nul_padding() {
 #[test]
 fn json() {
     for (header, line) in [
-        ("", 1),
+        (" ", 1),
         ("{", 1),
         ("{}{}", 1),
         ("{\"a\":\n nope}", 2),
@@ -253,6 +274,7 @@ fn unknown_dtype() {
             FILE,
             r#"tensor "t""#,
             format!("{dtype:?}"),
+            "such as bfloat16",
         );
     }
 }

@@ -38,6 +38,10 @@ fn errors(long: &str, many: &[String]) -> Vec<Error> {
             path: path.clone(),
             found: many.clone(),
         },
+        Error::ForeignDirectory {
+            path: path.clone(),
+            files: many.clone(),
+        },
         Error::SeveralIndexes {
             path: path.clone(),
             indexes: many.clone(),
@@ -116,6 +120,10 @@ fn errors(long: &str, many: &[String]) -> Vec<Error> {
         Error::NulPadding {
             path: path.clone(),
             offset: u64::MAX,
+        },
+        Error::EmptyText {
+            path: path.clone(),
+            text: "a word",
         },
         Error::Json {
             path: path.clone(),
@@ -458,4 +466,21 @@ fn no_message_echoes_long_texts() {
             );
         }
     }
+}
+
+#[test]
+fn a_refused_permission_says_what_to_do() {
+    let error = |kind| Error::Io {
+        path: PathBuf::from("m.safetensors"),
+        operation: "open",
+        source: io::Error::from(kind),
+    };
+    let message = error(io::ErrorKind::PermissionDenied).to_string();
+    assert!(
+        message.starts_with("m.safetensors: could not open: "),
+        "{message}"
+    );
+    assert!(message.contains("; make it readable"), "{message}");
+    let message = error(io::ErrorKind::TimedOut).to_string();
+    assert!(!message.contains("readable"), "{message}");
 }

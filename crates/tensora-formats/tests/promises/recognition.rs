@@ -51,15 +51,43 @@ fn an_empty_directory_says_what_was_looked_for() {
         "snapshots/",
         "directory is empty",
     );
-    directory.write("pytorch_model.bin", "x");
+    directory.write("notes.txt", "x");
     // A log directory by that name is no rank, and hidden files are no checkpoint.
     directory.write("rank_0/log.txt", "x");
     directory.write("._model.safetensors", "x");
     assert_refused!(
         CheckpointIndex::open(directory.path()),
         Error::NoCheckpoint { .. },
-        r#"found "._model.safetensors", "pytorch_model.bin", "rank_0""#,
+        r#"found "._model.safetensors", "notes.txt", "rank_0""#,
     );
+}
+
+#[test]
+fn a_directory_of_another_format() {
+    let directory = Directory::new();
+    directory.write("config.json", "{}");
+    directory.write("pytorch_model.bin", "x");
+    directory.write("model-Q4_K_M.GGUF", "x");
+    directory.write(".hidden.bin", "x");
+    directory.write("cache/snapshots/0000/flax_model.msgpack", "x");
+    for (path, files) in [
+        (
+            directory.path().to_owned(),
+            r#": "model-Q4_K_M.GGUF", "pytorch_model.bin";"#,
+        ),
+        (directory.join("cache"), r#": "flax_model.msgpack";"#),
+    ] {
+        assert_refused!(
+            CheckpointIndex::open(&path),
+            Error::ForeignDirectory { .. },
+            path.display(),
+            files,
+            "does not read",
+            "convert them, or download",
+        );
+    }
+    directory.write("model.safetensors", shard(&["t"]));
+    assert!(CheckpointIndex::open(directory.path()).is_ok());
 }
 
 #[test]
@@ -518,6 +546,23 @@ mod unix {
             let (result, named, kind) = receiver.recv_timeout(Duration::from_secs(10)).unwrap();
             assert_refused!(result, Error::NotARegularFile { .. }, named.display(), kind);
         }
+    }
+
+    #[test]
+    fn what_to_do_about_permissions() {
+        use std::os::unix::fs::PermissionsExt;
+
+        let directory = Directory::new();
+        let path = directory.write("below/model.safetensors", shard(&["t"]));
+        let below = directory.join("below");
+        fs::set_permissions(&below, fs::Permissions::from_mode(0o000)).unwrap();
+        let result = CheckpointIndex::open(&path);
+        fs::set_permissions(&below, fs::Permissions::from_mode(0o700)).unwrap();
+        if result.is_ok() {
+            println!("skipped: this user may read everything");
+            return;
+        }
+        assert_refused!(result, Error::Io { .. }, path.display(), "make it readable",);
     }
 
     #[test]

@@ -196,6 +196,7 @@ fn unknown_dtype() {
                 INDEX,
                 r#"tensor "t""#,
                 format!("{dtype:?}"),
+                "such as bfloat16",
             );
         }
     }
@@ -335,6 +336,17 @@ fn duplicate_tensor() {
 }
 
 #[test]
+fn an_empty_index() {
+    assert_refused!(
+        parse("", &[]),
+        Error::EmptyText { .. },
+        INDEX,
+        "its index is empty",
+        "copy it again",
+    );
+}
+
+#[test]
 fn json() {
     assert_refused!(
         parse("{\n\"t\":[}", &[]),
@@ -362,6 +374,7 @@ fn a_gap_in_the_partitions() {
         Error::MissingPartition { .. },
         path.display(),
         "tensor.data_2 is missing between others",
+        "copy it from where",
     );
 }
 

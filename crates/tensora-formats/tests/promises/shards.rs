@@ -133,6 +133,7 @@ fn tensor_in_two_shards() {
         directory.join(INDEX).display(),
         r#"tensor "c""#,
         r#""one.safetensors" and "two.safetensors""#,
+        "download the index and both shards again",
     );
 }
 
