@@ -1,5 +1,6 @@
 //! The little I/O that metadata needs: listing directories and reading from regular files only.
 
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, FileType, OpenOptions};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
@@ -175,15 +176,33 @@ pub(crate) fn read_index(path: &Path, limit_bytes: u64) -> Result<Vec<u8>> {
     }
 }
 
-/// The names in a directory, sorted; lossy where they are not UTF-8.
-pub(crate) fn list(path: &Path) -> Result<Vec<String>> {
+/// The names in a directory, sorted.
+pub(crate) fn list(path: &Path) -> Result<Vec<OsString>> {
     let mut names = fs::read_dir(path)
         .map_err(io_error(path, "list"))?
-        .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
-        .collect::<io::Result<Vec<String>>>()
+        .map(|entry| Ok(entry?.file_name()))
+        .collect::<io::Result<Vec<OsString>>>()
         .map_err(io_error(path, "list"))?;
     names.sort_unstable();
     Ok(names)
+}
+
+/// A file's name for display; lossy where it is not UTF-8.
+pub(crate) fn shown(name: &OsStr) -> String {
+    name.to_string_lossy().into_owned()
+}
+
+/// Names for display.
+pub(crate) fn all_shown(names: &[OsString]) -> Vec<String> {
+    names.iter().map(|name| shown(name)).collect()
+}
+
+/// Whether `name` ends with `suffix` and is not hidden. Hidden files are other programs' by-products,
+/// such as the `._model.safetensors` that macOS leaves on foreign file systems.
+pub(crate) fn is_visible_with_suffix(name: &OsStr, suffix: &str) -> bool {
+    // The bytes, because a name that is not UTF-8 has a suffix all the same.
+    let name = name.as_encoded_bytes();
+    name.ends_with(suffix.as_bytes()) && !name.starts_with(b".")
 }
 
 /// Whether `path` leads to a directory.

@@ -1,5 +1,6 @@
 //! What a path is: the choices between files, indexes, formats, ranks and snapshots.
 
+use std::ffi::{OsStr, OsString};
 use std::path::{Component, Path};
 
 use crate::file::{self, RegularFile};
@@ -31,7 +32,7 @@ pub(crate) fn open(
     let names = file::list(path)?;
     match open_directory(path, &names, request)? {
         Some(index) => Ok(index),
-        None => open_cached_repository(path, names, request),
+        None => open_cached_repository(path, &names, request),
     }
 }
 
@@ -49,13 +50,12 @@ fn open_file(path: &Path, request: Request) -> Result<CheckpointIndex> {
         _ => Path::new("."),
     };
     let name = path.file_name().unwrap_or(path.as_os_str());
-    let name = name.to_string_lossy();
     let index = if name == serverlessllm::INDEX_NAME {
         serverlessllm::open_directory(root, request.tolerance.duplicate_names)?
-    } else if name.ends_with(INDEX_SUFFIX) {
-        safetensors::open_indexed(root, &name, request.tolerance)?
+    } else if name.as_encoded_bytes().ends_with(INDEX_SUFFIX.as_bytes()) {
+        safetensors::open_indexed(root, name, request.tolerance)?
     } else {
-        safetensors::open_file(root, path, &name, request.tolerance)?
+        safetensors::open_file(root, path, name, request.tolerance)?
     };
     require_format(path, index, request.format)
 }
@@ -63,7 +63,7 @@ fn open_file(path: &Path, request: Request) -> Result<CheckpointIndex> {
 /// Opens the checkpoint that a directory holds directly or as ranks; `None` if it holds neither.
 fn open_directory(
     path: &Path,
-    names: &[String],
+    names: &[OsString],
     request: Request,
 ) -> Result<Option<CheckpointIndex>> {
     let duplicate_names = request.tolerance.duplicate_names;
@@ -105,26 +105,26 @@ fn open_directory(
     require_format(path, index, request.format).map(Some)
 }
 
-/// Whether `name` is that of a SafeTensors index; hidden files are other programs' by-products.
-fn is_index(name: &str) -> bool {
-    name.ends_with(INDEX_SUFFIX) && !name.starts_with('.')
+/// Whether `name` is that of a SafeTensors index.
+fn is_index(name: &OsStr) -> bool {
+    file::is_visible_with_suffix(name, INDEX_SUFFIX)
 }
 
 fn open_safetensors(
     path: &Path,
-    names: &[String],
+    names: &[OsString],
     tolerance: Tolerance,
 ) -> Result<CheckpointIndex> {
-    let indexes: Vec<&String> = names.iter().filter(|name| is_index(name)).collect();
+    let indexes: Vec<&OsString> = names.iter().filter(|name| is_index(name)).collect();
     match indexes.as_slice() {
         [] => safetensors::open_unindexed(path, names, tolerance),
         [only] => safetensors::open_indexed(path, only, tolerance),
         several if several.iter().any(|name| *name == DEFAULT_INDEX) => {
-            safetensors::open_indexed(path, DEFAULT_INDEX, tolerance)
+            safetensors::open_indexed(path, DEFAULT_INDEX.as_ref(), tolerance)
         }
         several => Err(Error::SeveralIndexes {
             path: path.to_owned(),
-            indexes: several.iter().map(|&name| name.clone()).collect(),
+            indexes: several.iter().map(|name| file::shown(name)).collect(),
         }),
     }
 }
@@ -156,7 +156,7 @@ fn require_format(
 /// `path` is one.
 fn open_cached_repository(
     path: &Path,
-    names: Vec<String>,
+    names: &[OsString],
     request: Request,
 ) -> Result<CheckpointIndex> {
     let snapshots_path = path.join("snapshots");
@@ -165,26 +165,26 @@ fn open_cached_repository(
     }
     let snapshots = file::list(&snapshots_path)?;
     let snapshot = match main_revision(path)? {
-        Some(revision) if snapshots.contains(&revision) => revision,
+        Some(revision) if snapshots.iter().any(|name| *name == *revision) => revision.into(),
         Some(revision) => {
             return Err(Error::MissingSnapshot {
                 path: path.to_owned(),
                 revision,
-                snapshots,
+                snapshots: file::all_shown(&snapshots),
             });
         }
-        None => match <[String; 1]>::try_from(snapshots) {
+        None => match <[OsString; 1]>::try_from(snapshots) {
             Ok([only]) => only,
             Err(snapshots) if snapshots.is_empty() => {
                 return Err(Error::NoCheckpoint {
                     path: snapshots_path,
-                    found: snapshots,
+                    found: Vec::new(),
                 });
             }
             Err(snapshots) => {
                 return Err(Error::SeveralSnapshots {
                     path: path.to_owned(),
-                    snapshots,
+                    snapshots: file::all_shown(&snapshots),
                 });
             }
         },
@@ -194,7 +194,7 @@ fn open_cached_repository(
     // Not recognised again as a repository: a snapshot does not hold another cache.
     match open_directory(&snapshot_path, &names, request)? {
         Some(index) => Ok(index),
-        None => Err(no_checkpoint(&snapshot_path, names)),
+        None => Err(no_checkpoint(&snapshot_path, &names)),
     }
 }
 
@@ -205,7 +205,8 @@ const FOREIGN_SUFFIXES: [&str; 13] = [
 ];
 
 /// The error for a directory that holds nothing to open.
-fn no_checkpoint(path: &Path, names: Vec<String>) -> Error {
+fn no_checkpoint(path: &Path, names: &[OsString]) -> Error {
+    let names = file::all_shown(names);
     let is_foreign = |name: &&String| {
         let lower = name.to_ascii_lowercase();
         let ends = FOREIGN_SUFFIXES

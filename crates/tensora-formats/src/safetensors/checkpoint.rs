@@ -1,6 +1,7 @@
 //! SafeTensors checkpoints: one file, an index with its shards, or a directory without an index.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 
 use super::{
@@ -40,25 +41,22 @@ impl Files {
     fn read(
         &mut self,
         path: PathBuf,
-        name: &str,
+        name: &OsStr,
         duplicate_names: DuplicateNames,
     ) -> Result<Vec<TensorEntry>> {
+        let name = file::shown(name);
         let (header, bytes) = read_header(&path, duplicate_names)?;
         for (key, value) in header.metadata {
             match self.metadata.get(&key) {
                 None => {
                     self.metadata.insert(key, value);
                 }
-                Some(kept) if *kept != value => self.note_conflict(key, value, name),
+                Some(kept) if *kept != value => self.note_conflict(key, value, &name),
                 Some(_) => {}
             }
         }
         let file = self.files.len();
-        self.files.push(FileEntry {
-            path,
-            name: name.to_owned(),
-            bytes,
-        });
+        self.files.push(FileEntry { path, name, bytes });
         let mut tensors = header.tensors;
         for tensor in &mut tensors {
             tensor.file = file;
@@ -110,7 +108,7 @@ fn read_header(path: &Path, duplicate_names: DuplicateNames) -> Result<(Safetens
 pub(crate) fn open_file(
     root: &Path,
     path: &Path,
-    name: &str,
+    name: &OsStr,
     tolerance: Tolerance,
 ) -> Result<CheckpointIndex> {
     let mut files = Files::new();
@@ -121,7 +119,7 @@ pub(crate) fn open_file(
 /// Opens the shards that an index lists.
 pub(crate) fn open_indexed(
     root: &Path,
-    index_name: &str,
+    index_name: &OsStr,
     tolerance: Tolerance,
 ) -> Result<CheckpointIndex> {
     let path = &root.join(index_name);
@@ -129,8 +127,8 @@ pub(crate) fn open_indexed(
     let index = parse_safetensors_index(path, &content, tolerance.duplicate_names)?;
 
     let left_alone: Vec<String> = data_files(&file::list(root)?)
+        .map(file::shown)
         .filter(|name| index.files.binary_search(name).is_err())
-        .cloned()
         .collect();
     if index.tensors.is_empty() && !left_alone.is_empty() {
         return Err(Error::EmptyWeightMap {
@@ -158,7 +156,11 @@ pub(crate) fn open_indexed(
     let mut files = Files::new();
     let mut stored = Vec::with_capacity(index.tensors.len());
     for name in &index.files {
-        stored.append(&mut files.read(root.join(name), name, tolerance.duplicate_names)?);
+        stored.append(&mut files.read(
+            root.join(name),
+            name.as_ref(),
+            tolerance.duplicate_names,
+        )?);
     }
     let (tensors, unlisted) = listed(path, &index, stored)?;
     if !unlisted.is_empty() {
@@ -180,7 +182,7 @@ pub(crate) fn open_indexed(
         && stated_bytes != actual_bytes
     {
         files.notes.push(Note::TotalSizeDiffers {
-            index: index_name.to_owned(),
+            index: file::shown(index_name),
             stated_bytes,
             actual_bytes,
         });
@@ -282,11 +284,11 @@ fn listed(
 /// Opens all SafeTensors files of a directory that has no index.
 pub(crate) fn open_unindexed(
     root: &Path,
-    names: &[String],
+    names: &[OsString],
     tolerance: Tolerance,
 ) -> Result<CheckpointIndex> {
-    let names: Vec<String> = data_files(names).cloned().collect();
-    let missing = missing_by_number(&names);
+    let names: Vec<&OsStr> = data_files(names).collect();
+    let missing = missing_by_number(names.iter().filter_map(|name| name.to_str()));
     if !missing.is_empty() {
         return Err(Error::MissingShards {
             path: root.to_owned(),
@@ -305,26 +307,26 @@ pub(crate) fn open_unindexed(
             return Err(Error::TensorInTwoFiles {
                 path: root.to_owned(),
                 tensor: tensor.name.clone(),
-                first: names[first].clone(),
-                second: names[tensor.file].clone(),
+                first: file::shown(names[first]),
+                second: file::shown(names[tensor.file]),
             });
         }
     }
     Ok(files.finish(root, tensors))
 }
 
-/// The data files among a directory's names. Hidden ones are other programs' by-products, such as the
-/// `._model.safetensors` that macOS leaves on foreign file systems.
-pub(crate) fn data_files(names: &[String]) -> impl Iterator<Item = &String> {
+/// The data files among a directory's names.
+pub(crate) fn data_files(names: &[OsString]) -> impl Iterator<Item = &OsStr> {
     names
         .iter()
-        .filter(|name| name.ends_with(FILE_SUFFIX) && !name.starts_with('.'))
+        .map(OsString::as_os_str)
+        .filter(|name| file::is_visible_with_suffix(name, FILE_SUFFIX))
 }
 
 /// The shards that the others' numbering (`model-00002-of-00003.safetensors`) says there should be.
 ///
 /// Without an index nothing else tells a partial download from a whole one.
-fn missing_by_number(names: &[String]) -> Vec<String> {
+fn missing_by_number<'a>(names: impl Iterator<Item = &'a str>) -> Vec<String> {
     // By what is the same in all names of a set: text before, digits of the number, total as text.
     let mut sets: BTreeMap<(&str, usize, &str), BTreeSet<u64>> = BTreeMap::new();
     for name in names {
@@ -364,8 +366,7 @@ mod tests {
     use super::*;
 
     fn missing(names: &[&str]) -> Vec<String> {
-        let names: Vec<String> = names.iter().map(|&name| name.to_owned()).collect();
-        missing_by_number(&names)
+        missing_by_number(names.iter().copied())
     }
 
     #[test]

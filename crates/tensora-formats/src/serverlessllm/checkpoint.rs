@@ -1,6 +1,7 @@
 //! ServerlessLLM checkpoints: a directory with an index and partitions, or one such directory per rank.
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::path::Path;
 
 use super::{
@@ -61,11 +62,11 @@ fn partitions(root: &Path, index_path: &Path) -> Result<Vec<FileEntry>> {
 }
 
 /// The numbers, ascending, of the names that are `prefix` and a number.
-fn numbered(names: &[String], prefix: &str) -> Vec<u64> {
+fn numbered(names: &[OsString], prefix: &str) -> Vec<u64> {
     let mut numbers: Vec<u64> = names
         .iter()
         .filter_map(|name| {
-            let digits = name.strip_prefix(prefix)?;
+            let digits = name.to_str()?.strip_prefix(prefix)?;
             let number: u64 = digits.parse().ok()?;
             // `+1` and `01` parse too, but are not how the format writes numbers.
             (number.to_string() == digits).then_some(number)
@@ -118,7 +119,7 @@ fn unused_tail(tensors: &[TensorEntry], files: &[FileEntry]) -> Option<Note> {
 }
 
 /// The ranks among a directory's names, ascending; empty unless at least one of them holds an index.
-pub(crate) fn ranks(root: &Path, names: &[String]) -> Vec<u32> {
+pub(crate) fn ranks(root: &Path, names: &[OsString]) -> Vec<u32> {
     let ranks: Vec<u32> = numbered(names, RANK_PREFIX)
         .into_iter()
         .filter_map(|rank| u32::try_from(rank).ok())
@@ -219,7 +220,7 @@ mod tests {
         let names = [
             "x_10", "x_2", "x_02", "x_+3", "x_", "x_a", "y_1", "x_0", "x_1.tmp",
         ];
-        let names = names.map(str::to_owned);
+        let names = names.map(OsString::from);
         assert_eq!(numbered(&names, "x_"), [0, 2, 10]);
     }
 }

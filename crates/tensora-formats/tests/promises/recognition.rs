@@ -549,6 +549,37 @@ mod unix {
     }
 
     #[test]
+    fn names_that_are_not_utf8() {
+        use std::ffi::OsStr;
+        use std::os::unix::ffi::OsStrExt;
+
+        let directory = Directory::new();
+        let path = directory
+            .path()
+            .join(OsStr::from_bytes(b"\xff.safetensors"));
+        if fs::write(&path, shard(&["t"])).is_err() {
+            println!("skipped: this file system has only names in UTF-8");
+            return;
+        }
+        for opened in [directory.path(), &path] {
+            let index = CheckpointIndex::open(opened).unwrap();
+            assert_eq!(index.files()[0].path, path);
+            assert_eq!(index.files()[0].name, "\u{fffd}.safetensors");
+        }
+        let listing = index(&[("u", "u.safetensors")]);
+        directory.write("u.safetensors", shard(&["u"]));
+        let name = OsStr::from_bytes(b"\xfe.safetensors.index.json");
+        let index_path = directory.path().join(name);
+        fs::write(&index_path, listing).unwrap();
+        for opened in [directory.path(), &index_path] {
+            let index = CheckpointIndex::open(opened).unwrap();
+            assert_eq!(index.tensors()[0].name, "u");
+            let left_alone = index.notes()[0].to_string();
+            assert!(left_alone.contains("\u{fffd}.safetensors"), "{left_alone}");
+        }
+    }
+
+    #[test]
     fn what_to_do_about_permissions() {
         use std::os::unix::fs::PermissionsExt;
 
