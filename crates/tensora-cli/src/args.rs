@@ -175,7 +175,7 @@ pub(crate) struct ConvertArgs {
     #[arg(long, value_name = "SIZE", value_parser = parse_positive_size, help_heading = "Target")]
     pub(crate) partition_bytes: Option<NonZero<u64>>,
 
-    /// Replace the checkpoint of the same kind that is in the target directory
+    /// Replace the ServerlessLLM checkpoint, of either dialect, that is in the target directory
     ///
     /// It stays until the new one is complete, so there must be room for both.
     #[arg(long, help_heading = "Target")]

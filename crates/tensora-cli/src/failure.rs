@@ -7,10 +7,11 @@ use std::process::ExitCode;
 use clap::builder::styling::{AnsiColor, Style};
 use tensora::convert::Error as ConvertError;
 use tensora::formats::Error as FormatError;
-use tensora::heuristics::PlanError;
+use tensora::heuristics::{MemoryBound, PlanError};
 
-use crate::output::{self, OutputError};
+use crate::output::{self, OutputError, readable};
 use crate::signals;
+use crate::units::size_exactly;
 
 const ERROR: Style = AnsiColor::Red.on_default().bold();
 const HINT: Style = AnsiColor::Cyan.on_default().bold();
@@ -18,9 +19,9 @@ const HINT: Style = AnsiColor::Cyan.on_default().bold();
 /// Says on standard error what went wrong; the exit status for it.
 pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
     if let Some(output) = error.downcast_ref::<OutputError>()
-        && output.is_closed_pipe()
+        && let Some(status) = output.closed_pipe_status()
     {
-        return ExitCode::SUCCESS;
+        return status;
     }
     let mut stderr = std::io::stderr().lock();
     let text = explain(error, output::colours(&stderr));
@@ -49,17 +50,46 @@ fn explain(error: &anyhow::Error, coloured: bool) -> String {
 
 /// What failed and, each after a separator, what caused it.
 pub(crate) fn message(error: &anyhow::Error, separator: &str) -> String {
-    let mut last = error.to_string();
-    let mut text = last.clone();
+    let mut last = restated(error).unwrap_or_else(|| error.to_string());
+    let mut text = readable(&last);
     for cause in error.chain().skip(1) {
         let cause = cause.to_string();
         // Most messages end with their cause already.
         if !last.contains(&cause) {
-            let _ = write!(text, "{separator}caused by: {cause}");
+            let _ = write!(text, "{separator}caused by: {}", readable(&cause));
             last = cause;
         }
     }
     text
+}
+
+/// What a library says in terms of its own interface, in terms of the command.
+fn restated(error: &anyhow::Error) -> Option<String> {
+    if let Some(ConvertError::Layout(FormatError::DtypeNotInFormat {
+        tensor,
+        dtype,
+        format,
+        ..
+    })) = error.downcast_ref()
+    {
+        return Some(format!(
+            "tensor {tensor:?} cannot be written: {format} has no name for the dtype {dtype}; \
+             the checkpoint has to stay safetensors"
+        ));
+    }
+    match error.downcast_ref()? {
+        tensora::Error::Plan(PlanError::DoesNotFit {
+            needed_bytes,
+            available_bytes,
+            bound,
+            ..
+        }) => Some(format!(
+            "the load needs {} of memory, but {bound} leaves {}",
+            size_exactly(*needed_bytes),
+            size_exactly(*available_bytes)
+        )),
+        _ => None,
+    }
 }
 
 /// The option or subcommand that helps; the libraries' messages cannot know of these.
@@ -103,10 +133,24 @@ fn plan_hint(error: &PlanError) -> Option<&'static str> {
             Some("`--direct required` goes with `--memory owned` and any backend but mmap")
         }
         PlanError::DirectUnsupported { .. } => Some("`--direct preferred` falls back"),
-        PlanError::DoesNotFit { .. } => Some(
-            "`--select GLOB` loads a part, `--memory mapped` needs no memory of its own, \
-             `--memory-limit SIZE` sets the limit",
-        ),
+        PlanError::DoesNotFit { bound, .. } => Some(match bound {
+            MemoryBound::Limit => {
+                "`--memory-limit SIZE` raises the limit, `--select GLOB` loads a part, and \
+                 `--memory mapped` (with `--backend auto`) needs no memory of its own"
+            }
+            MemoryBound::ControlGroup => {
+                "`--select GLOB` loads a part, and `--memory mapped` (with `--backend auto`) needs \
+                 no memory of its own; else raise the control group's limit"
+            }
+            MemoryBound::ProcessLimit => {
+                "`--select GLOB` loads a part; else raise the limits of the process (`ulimit -v`, \
+                 `ulimit -d`)"
+            }
+            _ => {
+                "`--select GLOB` loads a part, and `--memory mapped` (with `--backend auto`) needs \
+                 no memory of its own; else take a machine with more"
+            }
+        }),
         _ => None,
     }
 }
@@ -153,5 +197,32 @@ mod tests {
             "error: no result\n  caused by: reading failed\n  caused by: the disk is gone\n"
         );
         assert!(explain(&error, true).contains("\u{1b}["));
+    }
+
+    #[test]
+    fn memory_refusals_name_what_the_command_can_do() {
+        for (bound, limit_helps) in [
+            (MemoryBound::Machine, false),
+            (MemoryBound::ControlGroup, false),
+            (MemoryBound::ProcessLimit, false),
+            (MemoryBound::Limit, true),
+        ] {
+            let refusal = PlanError::DoesNotFit {
+                needed_bytes: 4 << 30,
+                destination_bytes: 4 << 30,
+                available_bytes: 1 << 30,
+                bound,
+                mapping: "consent to the contract of mappings".to_owned(),
+            };
+            let text = explain(&tensora::Error::from(refusal).into(), false);
+            assert!(!text.contains("consent"), "{text}");
+            assert!(text.contains("4.00 GiB (4,294,967,296 bytes)"), "{text}");
+            assert!(text.contains("1.00 GiB (1,073,741,824 bytes)"), "{text}");
+            assert!(
+                text.contains("hint: ") && text.contains("`--select GLOB`"),
+                "{text}"
+            );
+            assert_eq!(text.contains("--memory-limit"), limit_helps, "{text}");
+        }
     }
 }

@@ -332,3 +332,21 @@ fn buffers_are_as_large_as_data_and_machine_allow() {
     let small = convert("");
     assert!((400_000..420_000).contains(&small), "{small}");
 }
+
+/// What the command can do is said, not what a library could.
+#[test]
+fn a_dtype_without_a_name_in_the_target_has_to_stay_where_it_is() {
+    let directory = tempfile::tempdir().unwrap();
+    let source = directory.path().join("model.safetensors");
+    let header = r#"{"t.F4":{"dtype":"F4","shape":[2],"data_offsets":[0,1]}}"#;
+    let mut contents = (header.len() as u64).to_le_bytes().to_vec();
+    contents.extend(header.as_bytes());
+    contents.push(0);
+    fs::write(&source, contents).unwrap();
+    let target = directory.path().join("out");
+    let error = run(args!["convert", source, target, "--to=serverlessllm-store"]).failure(1);
+    for part in ["t.F4", "has no name for the dtype F4", "stay safetensors"] {
+        assert!(error.contains(part), "{part}: {error}");
+    }
+    assert!(!error.contains("write SafeTensors"), "{error}");
+}

@@ -117,6 +117,43 @@ fn bad_patterns_fail() {
 }
 
 #[test]
+fn long_arguments_do_not_bury_the_message() {
+    let (directory, path) = single();
+    let long = "x".repeat(50_000);
+    let error = run(args!["load", path, "--select", long]).failure(1);
+    assert!(error.len() < 1000, "{error}");
+    assert!(
+        error.contains("characters)") && error.contains("matches none"),
+        "{error}"
+    );
+    let error = run(args!["inspect", directory.path().join(&long)]).failure(1);
+    assert!(
+        error.len() < 1000 && error.contains("characters)"),
+        "{error}"
+    );
+}
+
+/// Neither names of tensors nor paths can steer the terminal.
+#[test]
+fn what_is_not_seen_is_escaped() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("evil.safetensors");
+    let name = "a\u{202e}b\u{2028}c\u{200b}d";
+    let header = format!(r#"{{"{name}":{{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}}}"#);
+    let mut contents = (header.len() as u64).to_le_bytes().to_vec();
+    contents.extend(header.as_bytes());
+    contents.push(0);
+    fs::write(&path, contents).unwrap();
+    let text = run(args!["inspect", path]).text();
+    assert!(text.contains("a\\u{202e}b\\u{2028}c\\u{200b}d"), "{text}");
+    let json = run(args!["inspect", path, "--json"]).json();
+    assert_eq!(json["tensors"][0]["name"], name);
+    let absent = directory.path().join("\u{1b}[2J\u{202e}");
+    let error = run(args!["inspect", absent]).failure(1);
+    assert!(error.contains("\\u{1b}[2J\\u{202e}"), "{error}");
+}
+
+#[test]
 fn contradictions_are_refused_with_a_way_out() {
     let (_directory, path) = single();
     for (options, hint) in [
@@ -141,6 +178,7 @@ fn a_closed_pipe_ends_quietly() {
     for command in [
         &["inspect"][..],
         &["inspect", "--json"],
+        &["doctor", "--json"],
         &["plan"],
         &["load"],
         &["doctor"],
@@ -155,7 +193,8 @@ fn a_closed_pipe_ends_quietly() {
             .stderr(Stdio::piped())
             .output()
             .unwrap();
-        assert_eq!(output.status.code(), Some(0), "{output:?}");
+        let expected = if command.contains(&"--json") { 141 } else { 0 };
+        assert_eq!(output.status.code(), Some(expected), "{output:?}");
         assert_eq!(output.stderr, b"", "{output:?}");
     }
 }
