@@ -1,13 +1,14 @@
 //! Errors, as the user sees them: what failed, its causes, and which option helps.
 
 use std::fmt::Write as _;
-use std::io::Write as _;
+use std::io::{ErrorKind, Write as _};
 use std::process::ExitCode;
 
 use clap::builder::styling::{AnsiColor, Style};
 use tensora::convert::Error as ConvertError;
 use tensora::formats::Error as FormatError;
 use tensora::heuristics::{MemoryBound, PlanError};
+use tensora::io::Error as IoError;
 
 use crate::output::{self, OutputError, readable};
 use crate::signals;
@@ -100,12 +101,27 @@ pub(crate) fn hint(error: &anyhow::Error) -> Option<&'static str> {
     match error.downcast_ref::<tensora::Error>()? {
         tensora::Error::Format(error) => format_hint(error),
         tensora::Error::Plan(error) => plan_hint(error),
-        tensora::Error::Io(tensora::io::Error::BackendUnavailable { .. }) => Some(DOCTOR),
+        tensora::Error::Io(error) => io_hint(error),
         _ => None,
     }
 }
 
 const DOCTOR: &str = "`tensora doctor` shows which backends work here";
+
+fn io_hint(error: &IoError) -> Option<&'static str> {
+    match error {
+        IoError::BackendUnavailable { .. } => Some(DOCTOR),
+        IoError::File { source, .. } | IoError::Memory { source, .. }
+            if source.kind() == ErrorKind::OutOfMemory =>
+        {
+            Some(
+                "`--memory owned --select GLOB` loads a part; or raise the limit on address space \
+                 (`ulimit -v`), if there is one",
+            )
+        }
+        _ => None,
+    }
+}
 
 fn format_hint(error: &FormatError) -> Option<&'static str> {
     match error {
@@ -162,10 +178,10 @@ fn conversion_hint(error: &ConvertError) -> Option<&'static str> {
              with `--to serverlessllm-store`",
         ),
         ConvertError::MemoryLimit { .. } => Some("`--memory-limit SIZE` sets the limit"),
-        ConvertError::Read(tensora::io::Error::Memory { .. }) => {
+        ConvertError::Read(IoError::Memory { .. }) => {
             Some("`--memory-limit SIZE` makes the buffers smaller, down to 1MiB")
         }
-        ConvertError::Read(tensora::io::Error::Thread { .. }) => {
+        ConvertError::Read(IoError::Thread { .. }) => {
             Some("a limit on address space (ulimit -v) refuses threads, too")
         }
         ConvertError::TargetOccupied { .. } => Some("`--force` replaces it"),

@@ -196,6 +196,25 @@ fn the_notes_of_the_checkpoint_are_shown() {
     }
 }
 
+/// Memory may run out where the planner could not foresee it.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_mapping_that_is_refused_comes_with_a_way_out() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("model.safetensors");
+    crate::support::sparse(&path, 1 << 30);
+    let program = env!("CARGO_BIN_EXE_tensora");
+    let script = format!("ulimit -v 200000; exec '{program}' load \"$0\" --memory mapped");
+    let output = std::process::Command::new("sh")
+        .args(["-c", &script])
+        .arg(&path)
+        .output();
+    let error = crate::support::Answer::from(output.unwrap()).failure(1);
+    for part in ["hint: ", "--select GLOB", "ulimit -v"] {
+        assert!(error.contains(part), "{part}: {error}");
+    }
+}
+
 #[test]
 fn tracing_leaves_standard_output_alone() {
     let directory = sharded();
