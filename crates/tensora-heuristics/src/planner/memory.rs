@@ -148,7 +148,7 @@ impl Case<'_> {
     }
 
     /// Whether the files come from a server, resident or not.
-    fn is_served(&self) -> bool {
+    pub(super) fn is_served(&self) -> bool {
         self.platform.storage.as_ref().is_some_and(|storage| {
             matches!(
                 storage.class,

@@ -13,8 +13,8 @@ use tensora_io::{
 use crate::tuning;
 use crate::units::count;
 use crate::{
-    BackendChoice, Decision, DirectChoice, MappingConsent, MemoryChoice, Plan, PlanError, Policy,
-    Rejection, Result, Workload,
+    BackendChoice, Decision, DirectChoice, MappingConsent, MemoryChoice, MemoryKind, Plan,
+    PlanError, Policy, Rejection, Result, Workload,
 };
 
 /// Decides how to read `workload` on `platform` as `policy` wishes.
@@ -52,15 +52,19 @@ use crate::{
 pub fn plan(workload: &Workload, platform: &Platform, policy: &Policy) -> Result<Plan> {
     check_parameters(policy)?;
     check_wishes(policy)?;
-    let case = Case {
+    let mut case = Case {
         workload,
         platform,
         policy,
         place: Place::of(platform.storage.as_ref(), policy),
+        crowded: false,
     };
     case.check_facts()?;
 
     let (memory, memory_decision) = case.memory()?;
+    if memory == MemoryKind::Owned {
+        case.leave_crowded_cache();
+    }
     let (backend, backend_decision) = case.backend(memory)?;
     let (direct, direct_decision) = case.direct(backend, memory);
     let (params, param_decisions) = case.params(backend, direct);
@@ -205,6 +209,8 @@ struct Case<'a> {
     platform: &'a Platform,
     policy: &'a Policy,
     place: Place,
+    /// The files are in the page cache, but not for long: see [`Case::leave_crowded_cache`].
+    crowded: bool,
 }
 
 impl Case<'_> {
@@ -271,12 +277,39 @@ impl Case<'_> {
         count(self.workload.files.into(), self.workload.layout.file_term())
     }
 
+    /// Goes to the device for owned tensors that do not fit into memory together with the cached files:
+    /// filling the destination would make the kernel drop pages that have not been copied yet, and
+    /// buffered reads would fetch them again, slowly.
+    fn leave_crowded_cache(&mut self) {
+        let resident_bytes = match &self.platform.storage {
+            Some(storage) if storage.direct.is_supported() => storage.resident_bytes.unwrap_or(0),
+            _ => return,
+        };
+        let Some((usable_bytes, _)) = self.platform.memory.usable_bytes() else {
+            return;
+        };
+        // What can be used includes the cached files: dropping them makes room.
+        let both = self
+            .workload
+            .destination_bytes
+            .saturating_add(resident_bytes);
+        if self.place == Place::PageCache && both > usable_bytes && !self.is_served() {
+            self.place = Place::Device;
+            self.crowded = true;
+        }
+    }
+
     /// A sentence about where the bytes are.
     fn whereabouts(&self) -> String {
         let Some(storage) = &self.platform.storage else {
             return "Where the files are is not known.".to_owned();
         };
         let file_system = &storage.file_system;
+        if self.crowded {
+            return "The files are in the page cache, but they and the tensors do not fit into memory \
+                    together: what is not copied yet would be dropped from it."
+                .to_owned();
+        }
         match self.place {
             Place::Memory => format!("The files live in memory ({file_system})."),
             Place::Server => {
