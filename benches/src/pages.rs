@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
-use tensora::io::{Region, SourceFile};
+use tensora::io::{Platform, Region, SourceFile};
 
 /// What the page cache holds of a checkpoint when a case starts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -31,9 +31,10 @@ impl fmt::Display for CacheState {
 const TOLERATED_SHARE: u64 = 1000;
 /// Of warm files, at least this share must be resident for a timing to count. Some machines reclaim
 /// single pages at any time.
-pub(crate) const WARM_SHARE: f64 = 0.999;
-/// How often an eviction is tried. Pages that are being written back cannot be evicted.
-const EVICTION_TRIES: u32 = 5;
+const WARM_SHARE: f64 = 0.999;
+/// How often a state is tried to be made. Pages that are being written back cannot be evicted, and some
+/// machines reclaim pages at any time.
+const TRIES: u32 = 5;
 
 /// Makes the state, and says which share of the files is in the page cache then, from 0 to 1.
 ///
@@ -63,8 +64,23 @@ pub fn prepare(files: &[PathBuf], state: CacheState) -> Result<f64> {
     Ok(resident_bytes as f64 / file_bytes.max(1) as f64)
 }
 
+/// [`prepare`], and an error where the state is not there well enough to time anything.
+pub(crate) fn prepare_for_timing(files: &[PathBuf], state: CacheState) -> Result<()> {
+    let mut share = 0.0;
+    for _ in 0..TRIES {
+        share = prepare(files, state)?;
+        if state == CacheState::Cold || share >= WARM_SHARE {
+            return Ok(());
+        }
+    }
+    bail!(
+        "only {:.1} % of the files stay in the page cache: is there enough memory?",
+        share * 100.0
+    );
+}
+
 fn evict(file: &SourceFile) -> Result<()> {
-    for _ in 0..EVICTION_TRIES {
+    for _ in 0..TRIES {
         file.evict()?;
         let resident = resident(file)?;
         if resident <= file.len() / TOLERATED_SHARE {
@@ -94,13 +110,18 @@ fn resident(file: &SourceFile) -> Result<u64> {
         .context("this system does not tell what is in the page cache")
 }
 
-/// Touches as much memory as a load will need and gives it back: a virtual machine's first touch of
-/// memory that it had returned to its host is several times slower than the next.
+/// Touches as much memory as a load will need, as far as the machine has it, and gives it back: a virtual
+/// machine's first touch of memory that it had returned to its host is several times slower than the next.
 ///
 /// # Errors
 ///
-/// When there is not that much memory.
+/// When that memory cannot be had after all.
 pub fn prime_memory(bytes: u64) -> Result<()> {
+    let usable_bytes = Platform::probe()
+        .memory
+        .usable_bytes()
+        .map_or(u64::MAX, |(usable_bytes, _)| usable_bytes);
+    let bytes = bytes.min(usable_bytes / 10 * 9);
     let mut region = Region::allocate(usize::try_from(bytes)?)?;
     region
         .as_mut_slice()

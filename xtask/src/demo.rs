@@ -99,7 +99,7 @@ fn show(tensora: &Path, checkpoint: &Path) -> Result<Vec<String>> {
     let mut digests = Vec::new();
     for state in [CacheState::Cold, CacheState::Warm] {
         for choice in ["auto", "sync", "async", "io-uring", "mmap"] {
-            tensora_benches::prime_memory(index.data_bytes())?;
+            tensora_benches::prime_memory(index.data_bytes().saturating_mul(2))?;
             let share = tensora_benches::prepare(&files, state)?;
             let loaded = load(tensora, checkpoint, choice)?;
             println!(
