@@ -410,7 +410,7 @@ fn overrides_are_taken_as_they_are_and_shape_the_rest() {
 
 #[test]
 fn a_cache_that_the_tensors_would_crowd_out_is_left_alone() {
-    // 16.4 GB of tensors and 16.4 GB of cached files, on 24 GiB: measured at 17 to 32 s copied, 8 to 12 s
+    // 16.4 GB of tensors and 16.4 GB of cached files, on 24 GiB: measured at 17 to 32 s copied, 10 to 18 s
     // read directly.
     let cached = |available_bytes| {
         let mut platform = stored(|storage| {
