@@ -8,13 +8,8 @@
 //! This crate sees files, byte ranges and destinations, and knows nothing of what the bytes mean.
 #![cfg_attr(doctest, doc = include_str!("../README.md"))]
 #![deny(unsafe_code)]
-
-mod backend;
-mod control;
-#[allow(unsafe_code)]
-mod destination;
-// Parts of these serve single backends; only a full build on Linux uses all of them.
-#[cfg_attr(
+// What the backends share serves each of them in part; only a full build on Linux uses all of it.
+#![cfg_attr(
     not(all(
         feature = "sync",
         feature = "async",
@@ -25,6 +20,11 @@ mod destination;
     )),
     allow(dead_code)
 )]
+
+mod backend;
+mod control;
+#[allow(unsafe_code)]
+mod destination;
 mod direct;
 mod error;
 mod file;
@@ -61,33 +61,11 @@ mod tokio_backend;
         not(tensora_portable)
     )
 ))]
-#[cfg_attr(
-    not(all(
-        feature = "sync",
-        feature = "async",
-        feature = "io-uring",
-        feature = "mmap",
-        target_os = "linux",
-        not(tensora_portable)
-    )),
-    allow(dead_code)
-)]
 #[allow(unsafe_code)]
 mod transfer;
 #[cfg(all(feature = "io-uring", target_os = "linux", not(tensora_portable)))]
 #[allow(unsafe_code)]
 mod uring;
-#[cfg_attr(
-    not(all(
-        feature = "sync",
-        feature = "async",
-        feature = "io-uring",
-        feature = "mmap",
-        target_os = "linux",
-        not(tensora_portable)
-    )),
-    allow(dead_code)
-)]
 mod workers;
 
 pub use backend::{
