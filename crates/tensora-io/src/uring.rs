@@ -194,8 +194,9 @@ impl<'t, 'a> Worker<'t, 'a> {
             .user_data(slot as u64);
         // SAFETY: `len` bytes from `memory` belong to this operation alone and stay valid until its
         // completion has been taken: destinations are borrowed by the transfer, which outlives this worker, scratch
-        // is owned by the slot, and the worker does not end before all its slots are free. The
-        // descriptor is borrowed from the transfer's files in the same way.
+        // is owned by the slot, and the worker's `Drop` waits for every read that was submitted
+        // (one that never was is unknown to the kernel). The descriptor is borrowed from the
+        // transfer's files in the same way.
         let pushed = unsafe { self.ring.submission().push(&entry) };
         if pushed.is_err() {
             // The submission queue has as many entries as there are slots and a slot has one at most;
