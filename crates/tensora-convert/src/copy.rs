@@ -326,6 +326,7 @@ impl Reader<'_> {
             queue_depth: 1,
             workers: READ_WORKERS,
             direct: self.direct_policy(largest),
+            resident: tensora_io::ResidentPolicy::Reread,
         };
         let stats = self
             .backend

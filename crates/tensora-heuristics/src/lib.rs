@@ -18,9 +18,10 @@ mod units;
 mod workload;
 
 pub use error::{MemoryBound, PlanError, Result};
-pub use plan::{Decision, MemoryKind, Plan, Rejection};
+pub use plan::{Decision, Plan, Rejection};
 pub use planner::plan;
 pub use policy::{
     BackendChoice, DirectChoice, MappingConsent, MemoryChoice, ParseChoiceError, Policy,
 };
+pub use tensora_io::MemoryKind;
 pub use workload::{AccessPattern, StorageLayout, Workload};

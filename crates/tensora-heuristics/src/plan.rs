@@ -1,35 +1,9 @@
 use std::fmt;
 
 use serde::{Serialize, Serializer};
-use tensora_io::{BackendKind, DirectPolicy, Platform, TransferParams};
+use tensora_io::{BackendKind, DirectPolicy, MemoryKind, Platform, TransferParams};
 
 use crate::{Policy, Workload};
-
-/// Which memory a plan delivers tensors in.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum MemoryKind {
-    /// Memory of the load's own, into which the files are read.
-    Owned,
-    /// The page cache itself, mapped without a copy.
-    Mapped,
-}
-
-impl MemoryKind {
-    /// The name in JSON and messages.
-    pub const fn as_str(self) -> &'static str {
-        match self {
-            Self::Owned => "owned",
-            Self::Mapped => "mapped",
-        }
-    }
-}
-
-impl fmt::Display for MemoryKind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(self.as_str())
-    }
-}
 
 /// How to load, and why.
 ///

@@ -370,6 +370,7 @@ proptest! {
             queue_depth: policy.queue_depth.unwrap_or(1),
             workers: policy.workers.unwrap_or(1),
             direct: DirectPolicy::Never,
+            resident: tensora_io::ResidentPolicy::Reread,
         };
         let workload = Workload::new(StorageLayout::SafeTensors, AccessPattern::WholeFiles);
         let refused = matches!(

@@ -119,6 +119,7 @@ fn parameters_of_each_backend() {
             queue_depth: u32::try_from(queue_depth).expect("small"),
             workers: u32::try_from(workers).expect("small"),
             direct,
+            resident: tensora_io::ResidentPolicy::Reread,
         };
         assert_eq!(plan.params, expected, "{backend:?} {direct} {cpus}");
     }

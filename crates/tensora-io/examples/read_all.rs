@@ -24,6 +24,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         queue_depth: 16,
         workers,
         direct,
+        resident: tensora_io::ResidentPolicy::Reread,
     };
 
     let start = Instant::now();

@@ -96,6 +96,27 @@ impl fmt::Display for DirectPolicy {
     }
 }
 
+/// What direct reads do about chunks that are in the page cache when the batch begins.
+///
+/// Buffered reads take those from the cache anyway; for them only
+/// [`CopyAndDrop`](Self::CopyAndDrop) makes a difference.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "kebab-case"))]
+pub enum ResidentPolicy {
+    /// They are read from the device like all others. Nobody asks what is resident.
+    #[default]
+    Reread,
+    /// They are copied from the page cache, the others read from the device at the same time.
+    Copy,
+    /// As [`Copy`](Self::Copy), and what was read through the page cache is dropped from it once it
+    /// has been copied, up to a limit: room for destinations that would not fit beside it.
+    CopyAndDrop {
+        /// How much to drop at most, in bytes.
+        limit_bytes: u64,
+    },
+}
+
 /// How a batch is cut up and how much of it is under way at once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
@@ -111,6 +132,10 @@ pub struct TransferParams {
     pub workers: u32,
     /// Whether reads bypass the page cache.
     pub direct: DirectPolicy,
+    /// What direct reads do about chunks that are in the page cache. Where direct reads are
+    /// [required](DirectPolicy::Required) they are read from the device whatever stands here.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub resident: ResidentPolicy,
 }
 
 impl TransferParams {

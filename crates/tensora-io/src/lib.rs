@@ -43,6 +43,7 @@ mod platform;
 #[allow(unsafe_code)]
 mod positioned;
 mod probe;
+mod profile;
 mod residency;
 mod storage;
 #[cfg(feature = "sync")]
@@ -70,7 +71,7 @@ mod workers;
 
 pub use backend::{
     Backend, BackendKind, DirectFallback, DirectPolicy, ParseBackendKindError, ReadRequest,
-    ReadStats, TransferParams, backend,
+    ReadStats, ResidentPolicy, TransferParams, backend,
 };
 pub use control::{CancelToken, Control};
 pub use destination::Destination;
@@ -84,10 +85,11 @@ pub use mmap::MmapBackend;
 pub use offload::{Offload, offload};
 pub use placement::{Placement, merge_ranges};
 pub use platform::{
-    Availability, BackendFact, DirectSupport, FileSystemClass, HugePages, MemoryFacts, Platform,
-    StorageFacts,
+    Availability, BackendFact, DirectSupport, FileSystemClass, HugePages, MemoryFacts, MemoryKind,
+    Platform, StorageFacts,
 };
 pub use probe::peak_resident_bytes;
+pub use profile::{CacheState, Measurement, Profile, ProfileFact, ProfileIdentity};
 #[cfg(feature = "sync")]
 pub use sync::SyncBackend;
 #[cfg(feature = "async")]

@@ -1,4 +1,6 @@
-use crate::{BackendKind, Error};
+use std::fmt;
+
+use crate::{BackendKind, Error, ProfileFact};
 
 /// Whether something works here and, if not, why and what to do about it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -20,6 +22,33 @@ impl Availability {
     /// Whether it works.
     pub fn is_available(&self) -> bool {
         matches!(self, Self::Available)
+    }
+}
+
+/// Which memory a load delivers its bytes in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "kebab-case"))]
+pub enum MemoryKind {
+    /// Memory of the load's own, into which the files are read.
+    Owned,
+    /// The page cache itself, mapped without a copy.
+    Mapped,
+}
+
+impl MemoryKind {
+    /// The name in JSON and messages.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Owned => "owned",
+            Self::Mapped => "mapped",
+        }
+    }
+}
+
+impl fmt::Display for MemoryKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.as_str())
     }
 }
 
@@ -84,6 +113,9 @@ pub struct Platform {
     pub os: String,
     /// Kernel release (`uname -r`).
     pub kernel: Option<String>,
+    /// Model of the first processor, as the kernel names it.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub processor: Option<String>,
     /// Processors that this process may use, after affinity and control-group quota; at least 1.
     pub cpus: u32,
     /// Size of an ordinary page, in bytes.
@@ -100,6 +132,9 @@ pub struct Platform {
     pub backends: Vec<BackendFact>,
     /// Where the files of a checkpoint live, once probed.
     pub storage: Option<StorageFacts>,
+    /// What was measured of that place, once sought.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub profile: ProfileFact,
 }
 
 impl Platform {
@@ -109,6 +144,7 @@ impl Platform {
         Self {
             os: "unknown".to_owned(),
             kernel: None,
+            processor: None,
             cpus: cpus.max(1),
             page_bytes: 4096,
             huge_pages: HugePages::Unknown,
@@ -117,6 +153,7 @@ impl Platform {
             open_files: None,
             backends,
             storage: None,
+            profile: ProfileFact::NotSought,
         }
     }
 
@@ -171,6 +208,15 @@ pub struct StorageFacts {
     /// Name of the block device (`nvme0n1`), of the whole disk for a partition, or `major:minor` where
     /// the system does not name it; `None` where there is no single device.
     pub device: Option<String>,
+    /// Model of that device, where it tells one.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub device_model: Option<String>,
+    /// Capacity of that device, in bytes.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub device_bytes: Option<u64>,
+    /// What was mounted (`/dev/nvme0n1p2`, `server:/export`), as the table of mounts names it.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub mount_source: Option<String>,
     /// Whether the device says that it has moving heads. Virtual disks often do, whatever lies below.
     pub rotational: Option<bool>,
     /// Whether all files can be read with direct I/O.
@@ -188,6 +234,9 @@ impl StorageFacts {
             file_system: "unknown".to_owned(),
             class: FileSystemClass::Unknown,
             device: None,
+            device_model: None,
+            device_bytes: None,
+            mount_source: None,
             rotational: None,
             direct: DirectSupport::Unsupported {
                 reason: "not probed".to_owned(),

@@ -101,12 +101,23 @@ mod linux {
     pub(super) fn complete(platform: &mut Platform) {
         platform.kernel =
             read_text("/proc/sys/kernel/osrelease").map(|release| release.trim().to_owned());
+        platform.processor = read_text("/proc/cpuinfo").and_then(|text| processor(&text));
         platform.page_bytes = rustix::param::page_size() as u64;
         platform.huge_pages = read_text("/sys/kernel/mm/transparent_hugepage/enabled")
             .map_or(HugePages::Unknown, |text| parse_huge_pages(&text));
         platform.memory = memory::facts(&mounts::mounts());
         platform.memlock_bytes = getrlimit(Resource::Memlock).current;
         platform.open_files = getrlimit(Resource::Nofile).current;
+    }
+
+    /// x86 names the model, most others the hardware or nothing.
+    fn processor(text: &str) -> Option<String> {
+        let (_, name) = text
+            .lines()
+            .filter_map(|line| line.split_once(':'))
+            .find(|(key, _)| matches!(key.trim(), "model name" | "Hardware" | "cpu model"))?;
+        let name = name.trim();
+        (!name.is_empty()).then(|| name.to_owned())
     }
 
     pub(super) fn peak_resident_bytes() -> Option<u64> {

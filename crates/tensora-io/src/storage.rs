@@ -162,7 +162,16 @@ mod linux {
     struct Place {
         file_system: String,
         class: FileSystemClass,
-        device: Option<String>,
+        device: Device,
+        mount_source: Option<String>,
+    }
+
+    /// What the kernel tells of a block device.
+    #[derive(Clone, Debug, Default, PartialEq, Eq)]
+    struct Device {
+        name: Option<String>,
+        model: Option<String>,
+        bytes: Option<u64>,
         rotational: Option<bool>,
     }
 
@@ -180,8 +189,11 @@ mod linux {
             Some(place) => StorageFacts {
                 file_system: place.file_system,
                 class: place.class,
-                device: place.device,
-                rotational: place.rotational,
+                device: place.device.name,
+                device_model: place.device.model,
+                device_bytes: place.device.bytes,
+                mount_source: place.mount_source,
+                rotational: place.device.rotational,
                 ..facts
             },
             None => facts,
@@ -191,11 +203,16 @@ mod linux {
     fn most_restrictive(places: impl Iterator<Item = Place>) -> Option<Place> {
         places.max_by(|first, second| {
             // The names only make the answer the same in every run.
-            let key = |place: &Place| (restriction(place.class), place.rotational == Some(true));
+            let key = |place: &Place| {
+                (
+                    restriction(place.class),
+                    place.device.rotational == Some(true),
+                )
+            };
             key(first)
                 .cmp(&key(second))
                 .then_with(|| second.file_system.cmp(&first.file_system))
-                .then_with(|| second.device.cmp(&first.device))
+                .then_with(|| second.device.name.cmp(&first.device.name))
         })
     }
 
@@ -214,15 +231,17 @@ mod linux {
         let device = device.map(|device| (major(device), minor(device)));
         let mount = find_mount(mounts, device, mount);
         let (file_system, class) = identify(magic(file), mount);
-        let (device, rotational) = match block_device_directory(device, mount, class) {
+        let device = match block_device_directory(device, mount, class) {
             Some((directory, fallback)) => block_device(&directory, fallback),
-            None => (None, None),
+            None => Device::default(),
         };
         Place {
             file_system,
             class,
             device,
-            rotational,
+            mount_source: mount
+                .map(|mount| mount.source.clone())
+                .filter(|source| !source.is_empty()),
         }
     }
 
@@ -307,11 +326,13 @@ mod linux {
         }
     }
 
-    /// The name of a device and whether it has moving heads, out of its directory in sysfs; for a
-    /// partition, those of the disk.
-    fn block_device(directory: &Path, fallback: Option<String>) -> (Option<String>, Option<bool>) {
+    /// What sysfs tells of a device in its directory there; of a partition, that of the disk.
+    fn block_device(directory: &Path, fallback: Option<String>) -> Device {
         let Ok(target) = std::fs::read_link(directory) else {
-            return (fallback, None);
+            return Device {
+                name: fallback,
+                ..Device::default()
+            };
         };
         let is_partition = directory.join("partition").exists();
         let (above, disk) = if is_partition {
@@ -322,13 +343,22 @@ mod linux {
         let name = disk
             .and_then(Path::file_name)
             .map(|name| name.to_string_lossy().into_owned());
-        let rotational = read_text(directory.join(above).join("queue/rotational"));
-        let rotational = match rotational.as_deref().map(str::trim) {
-            Some("0") => Some(false),
-            Some("1") => Some(true),
-            _ => None,
+        let text = |path: &str| {
+            read_text(directory.join(above).join(path))
+                .map(|text| text.trim().to_owned())
+                .filter(|text| !text.is_empty())
         };
-        (name.or(fallback), rotational)
+        Device {
+            name: name.or(fallback),
+            model: text("device/model"),
+            // In sectors of 512 bytes, whatever those of the device are.
+            bytes: text("size").and_then(|size| size.parse::<u64>().ok()?.checked_mul(512)),
+            rotational: match text("queue/rotational").as_deref() {
+                Some("0") => Some(false),
+                Some("1") => Some(true),
+                _ => None,
+            },
+        }
     }
 
     #[cfg(test)]
@@ -402,8 +432,12 @@ mod linux {
             let place = |file_system: &str, class, rotational| Place {
                 file_system: file_system.to_owned(),
                 class,
-                device: Some(format!("device of {file_system}")),
-                rotational,
+                device: Device {
+                    name: Some(format!("device of {file_system}")),
+                    rotational,
+                    ..Device::default()
+                },
+                mount_source: None,
             };
             let places = [
                 place("tmpfs", Memory, None),
@@ -433,6 +467,10 @@ mod linux {
             std::fs::create_dir_all(at("dev/block")).unwrap();
             std::fs::write(at("devices/sda/queue/rotational"), "1\n").unwrap();
             std::fs::write(at("devices/sda/sda2/partition"), "2\n").unwrap();
+            std::fs::write(at("devices/sda/sda2/size"), "8\n").unwrap();
+            std::fs::write(at("devices/sda/size"), "2048\n").unwrap();
+            std::fs::create_dir_all(at("devices/sda/device")).unwrap();
+            std::fs::write(at("devices/sda/device/model"), "Spinning 1T  \n").unwrap();
             std::fs::write(at("devices/nvme0n1/queue/rotational"), "0\n").unwrap();
             symlink("../../devices/sda/sda2", at("dev/block/8:2")).unwrap();
             symlink("../../devices/sda", at("dev/block/8:0")).unwrap();
@@ -440,10 +478,21 @@ mod linux {
 
             let device =
                 |number: &str| block_device(&at("dev/block").join(number), Some(number.to_owned()));
-            assert_eq!(device("8:2"), (Some("sda".to_owned()), Some(true)));
-            assert_eq!(device("8:0"), (Some("sda".to_owned()), Some(true)));
-            assert_eq!(device("259:0"), (Some("nvme0n1".to_owned()), Some(false)));
-            assert_eq!(device("9:9"), (Some("9:9".to_owned()), None));
+            let disk = Device {
+                name: Some("sda".to_owned()),
+                model: Some("Spinning 1T".to_owned()),
+                bytes: Some(1 << 20),
+                rotational: Some(true),
+            };
+            assert_eq!(device("8:2"), disk);
+            assert_eq!(device("8:0"), disk);
+            let bare = |name: &str, rotational| Device {
+                name: Some(name.to_owned()),
+                rotational,
+                ..Device::default()
+            };
+            assert_eq!(device("259:0"), bare("nvme0n1", Some(false)));
+            assert_eq!(device("9:9"), bare("9:9", None));
         }
 
         #[test]

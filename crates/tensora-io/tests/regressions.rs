@@ -13,6 +13,7 @@ fn params(direct: DirectPolicy) -> TransferParams {
         queue_depth: 1,
         workers: 1,
         direct,
+        resident: tensora_io::ResidentPolicy::Reread,
     }
 }
 

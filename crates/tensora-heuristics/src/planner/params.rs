@@ -46,6 +46,7 @@ impl Case<'_> {
             queue_depth,
             workers,
             direct,
+            resident: tensora_io::ResidentPolicy::Reread,
         };
         (params, [chunk, worker, depth])
     }

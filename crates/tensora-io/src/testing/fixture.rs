@@ -142,6 +142,7 @@ impl Trial {
                             queue_depth,
                             workers,
                             direct,
+                            resident: crate::ResidentPolicy::Reread,
                         });
                     }
                 }
@@ -162,6 +163,7 @@ impl Trial {
                     queue_depth,
                     workers,
                     direct,
+                    resident: crate::ResidentPolicy::Reread,
                 });
             }
         }
@@ -234,6 +236,7 @@ pub(super) fn params(direct: DirectPolicy) -> TransferParams {
         queue_depth: 4,
         workers: 2,
         direct,
+        resident: crate::ResidentPolicy::Reread,
     }
 }
 

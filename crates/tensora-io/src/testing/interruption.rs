@@ -151,6 +151,7 @@ pub(super) fn cancelled_at_any_time(trial: Trial) {
                 queue_depth: [1, 16][round / 2 % 2],
                 workers: [1, 2, 16][round % 3],
                 direct,
+                resident: crate::ResidentPolicy::Reread,
             };
             let slots = [sample.whole(), sample.slot(777, 300_000)];
             let begin = Instant::now();

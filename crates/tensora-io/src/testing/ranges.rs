@@ -204,6 +204,7 @@ pub(super) fn odd_chunks(trial: Trial) {
                 queue_depth,
                 workers,
                 direct,
+                resident: crate::ResidentPolicy::Reread,
             };
             trial.read(
                 &[
@@ -247,6 +248,7 @@ pub(super) fn largest_parameters(trial: Trial) {
                 queue_depth,
                 workers,
                 direct,
+                resident: crate::ResidentPolicy::Reread,
             };
             let (arena, outcome) = trial.attempt(&slots, &params, &Control::new());
             match outcome {

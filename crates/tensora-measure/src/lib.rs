@@ -1,0 +1,15 @@
+//! Timing of reads that gives comparable figures.
+//!
+//! [`prepare`] puts the page cache into a [`CacheState`] and says how well that worked, [`prime_memory`] touches the
+//! memory that a case is going to need, and [`median`] and [`median_ratio`] turn the times of interleaved
+//! rounds into figures that a slow minute does not spoil.
+#![forbid(unsafe_code)]
+
+mod error;
+mod pages;
+mod statistics;
+
+pub use error::{Error, Result};
+pub use pages::{prepare, prime_memory, require};
+pub use statistics::{geometric_mean, median, median_ratio};
+pub use tensora_io::CacheState;
