@@ -149,7 +149,7 @@ pub enum ProfileFact {
     /// There is none.
     Absent,
     /// There is one of this machine and place.
-    Matching(Profile),
+    Matching(Box<Profile>),
     /// There is one, which says nothing about this machine and place as they are now.
     Ignored {
         /// Why: unreadable, stale (which part of the machine changed) or foreign.
