@@ -41,6 +41,14 @@ pub enum Error {
         /// What may help.
         remedy: &'static str,
     },
+    /// A chart cannot be drawn.
+    #[error("cannot draw the chart {title:?}: {reason}")]
+    Plot {
+        /// The chart's title.
+        title: String,
+        /// Why.
+        reason: String,
+    },
 }
 
 /// A result with this crate's [`Error`].

@@ -2,14 +2,16 @@
 //!
 //! [`prepare`] puts the page cache into a [`CacheState`] and says how well that worked, [`prime_memory`] touches the
 //! memory that a case is going to need, and [`median`] and [`median_ratio`] turn the times of interleaved
-//! rounds into figures that a slow minute does not spoil.
+//! rounds into figures that a slow minute does not spoil. [`BarChart`] and [`LineChart`] draw them.
 #![forbid(unsafe_code)]
 
 mod error;
 mod pages;
+mod plot;
 mod statistics;
 
 pub use error::{Error, Result};
 pub use pages::{prepare, prime_memory, require};
+pub use plot::{Bar, BarChart, BarRole, Line, LineChart};
 pub use statistics::{geometric_mean, median, median_ratio};
 pub use tensora_io::CacheState;
