@@ -44,6 +44,8 @@ mod platform;
 mod positioned;
 mod probe;
 mod profile;
+#[cfg(feature = "profiles")]
+mod profile_store;
 mod residency;
 mod storage;
 #[cfg(feature = "sync")]
@@ -90,6 +92,8 @@ pub use platform::{
 };
 pub use probe::peak_resident_bytes;
 pub use profile::{CacheState, Measurement, Profile, ProfileFact, ProfileIdentity};
+#[cfg(feature = "profiles")]
+pub use profile_store::ProfileStore;
 #[cfg(feature = "sync")]
 pub use sync::SyncBackend;
 #[cfg(feature = "async")]
