@@ -19,6 +19,15 @@ impl SourceFile {
         sys::resident_bytes(self.file(), range.start.min(end)..end)
     }
 
+    /// Asks the system to drop a range from the page cache. Nothing depends on whether it does.
+    #[cfg_attr(
+        not(all(target_os = "linux", not(tensora_portable))),
+        allow(clippy::unused_self)
+    )]
+    pub(crate) fn drop_resident(&self, range: Range<u64>) {
+        let _ = sys::drop_range(self.file(), range);
+    }
+
     /// Asks the system to drop the whole file from the page cache, for measurements of cold reads.
     ///
     /// This is a request. Pages that were written but not yet stored stay, as do pages that somebody has
@@ -46,6 +55,10 @@ mod sys {
     pub(super) fn evict(_file: &File) -> io::Result<()> {
         Err(io::ErrorKind::Unsupported.into())
     }
+
+    pub(super) fn drop_range(_file: &File, _range: Range<u64>) -> io::Result<()> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
 }
 
 #[cfg(all(target_os = "linux", not(tensora_portable)))]
@@ -65,6 +78,14 @@ mod sys {
 
     pub(super) fn evict(file: &File) -> io::Result<()> {
         Ok(fadvise(file, 0, None, Advice::DontNeed)?)
+    }
+
+    pub(super) fn drop_range(file: &File, range: Range<u64>) -> io::Result<()> {
+        // A length of 0 would mean everything up to the end.
+        let Some(len) = std::num::NonZero::new(range.end.saturating_sub(range.start)) else {
+            return Ok(());
+        };
+        Ok(fadvise(file, range.start, Some(len), Advice::DontNeed)?)
     }
 
     /// `range` lies inside the file.

@@ -1,4 +1,3 @@
-use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
@@ -98,7 +97,7 @@ async fn read_files(transfer: &'static Transfer<'static>, workers: usize) {
 /// The operations of one file, in order, each on the blocking pool once it has a permit.
 async fn read_file(
     transfer: &'static Transfer<'static>,
-    operations: Range<u64>,
+    operations: impl Iterator<Item = u64> + Send + 'static,
     permits: Arc<Semaphore>,
 ) {
     let mut reads = JoinSet::new();

@@ -1,10 +1,11 @@
 //! What all backends share: a batch, cut into operations, and what has become of them.
 //!
 //! A [`Transfer`] is made from the requests of one [`Backend::read`](crate::Backend::read) call. It
-//! merges ranges that are adjacent both in the file and in memory, decides per file between direct and
-//! buffered, and cuts everything into [`Operation`]s of at most one chunk. Operations are numbered, not
-//! stored, so that a batch of any size takes memory only for its requests. Each operation covers memory that no
-//! other one covers; that is what makes handing them to different threads sound.
+//! merges ranges that are adjacent both in the file and in memory, decides per file, and where the page cache
+//! counts per chunk, between direct and buffered, and cuts everything into [`Operation`]s of at most one chunk.
+//! Operations are numbered, not stored, so that a batch of any size takes memory only for its requests. Each
+//! operation covers memory that no other one covers; that is what makes handing them to different threads
+//! sound.
 
 use std::collections::HashMap;
 use std::io;
@@ -17,7 +18,7 @@ use crate::direct::DirectFile;
 use crate::workers::{Crew, lock};
 use crate::{
     BackendKind, Control, DirectFallback, DirectPolicy, Error, ReadRequest, ReadStats, Region,
-    Result, SourceFile, TransferParams,
+    ResidentPolicy, Result, SourceFile, TransferParams,
 };
 
 /// Largest piece that goes through a scratch buffer in one operation. Scratch is for the ragged ends of
@@ -31,6 +32,12 @@ const SCRATCH_GAP_BYTES: u64 = 16 << 10;
 const REFUSED_READS: &str = "it was opened for direct I/O, but direct reads of it fail with EINVAL";
 /// Alignment of scratch buffers; at least what any device needs.
 const SCRATCH_ALIGN_BYTES: usize = 64 << 10;
+/// Least length that is asked about when it counts what is in the page cache: small chunks would take a system
+/// call each.
+const RESIDENT_GRANULE_BYTES: u64 = 256 << 10;
+/// Of a granule that counts as resident, at most one part in so many may be missing from the page cache: its
+/// buffered read fetches them alone, with a device's latency.
+const RESIDENT_GRANULE_TOLERATED: u64 = 16;
 /// How often an operation is issued again after the system refused it for the moment, and how long is
 /// waited before each time: ten seconds altogether.
 const MAX_BUSY_RETRIES: u32 = 1000;
@@ -136,7 +143,8 @@ struct BatchFile<'a> {
     policy: DirectPolicy,
     /// Direct reads turned out not to work although the file system had promised them.
     refused: AtomicBool,
-    operations: Range<u64>,
+    direct_operations: Range<u64>,
+    buffered_operations: Range<u64>,
 }
 
 #[derive(Debug, Default)]
@@ -157,8 +165,13 @@ pub(crate) struct Transfer<'a> {
     segments: Vec<Segment>,
     pieces: Vec<Piece>,
     chunk_bytes: u64,
+    resident: ResidentPolicy,
+    /// Operations have the numbers from 0; the direct ones come first.
     operations: u64,
+    direct_operations: u64,
     next: AtomicU64,
+    /// How much may still be dropped from the page cache, in bytes.
+    drop_bytes: AtomicU64,
     crew: Crew,
     scratch: Mutex<Vec<Region>>,
     fallbacks: Mutex<Vec<DirectFallback>>,
@@ -198,8 +211,14 @@ impl<'a> Transfer<'a> {
             segments: Vec::new(),
             pieces: Vec::new(),
             chunk_bytes: params.chunk_bytes,
+            resident: params.resident,
             operations: 0,
+            direct_operations: 0,
             next: AtomicU64::new(0),
+            drop_bytes: AtomicU64::new(match params.resident {
+                ResidentPolicy::CopyAndDrop { limit_bytes } => limit_bytes,
+                ResidentPolicy::Reread | ResidentPolicy::Copy => 0,
+            }),
             crew: Crew::default(),
             scratch: Mutex::new(Vec::new()),
             fallbacks: Mutex::new(fallbacks),
@@ -212,25 +231,72 @@ impl<'a> Transfer<'a> {
 
     /// Turns merged pieces, sorted by file and offset, into segments.
     fn plan(&mut self, pieces: &[Piece]) {
+        let mut all_buffered = Vec::new();
         for file in 0..self.files.len() {
             let begin = pieces.partition_point(|piece| piece.file < file);
             let end = pieces.partition_point(|piece| piece.file <= file);
-            let first_operation = self.operations;
+            let pieces = &pieces[begin..end];
+            let mut buffered = Vec::new();
             let mut segments = match self.files[file].direct {
-                None => pieces[begin..end].iter().map(buffered_segment).collect(),
-                Some(direct) => direct_segments(&pieces[begin..end], direct, &mut self.pieces),
+                None => {
+                    buffered.extend(pieces.iter().map(buffered_segment));
+                    Vec::new()
+                }
+                Some(direct) => {
+                    let (resident, absent) = self.split_by_residency(file, direct, pieces);
+                    buffered.extend(resident.iter().map(buffered_segment));
+                    direct_segments(&absent, direct, &mut self.pieces)
+                }
             };
             segments.sort_by_key(|segment| segment.offset);
-            for mut segment in segments {
-                segment.first_operation = self.operations;
-                self.operations += match segment.place {
-                    Place::InPlace(_) => segment.len.div_ceil(self.chunk_of(&segment)),
-                    Place::Scratch(_) => 1,
-                };
-                self.segments.push(segment);
-            }
-            self.files[file].operations = first_operation..self.operations;
+            self.files[file].direct_operations = self.number(segments);
+            all_buffered.push(buffered);
         }
+        self.direct_operations = self.operations;
+        for (file, segments) in all_buffered.into_iter().enumerate() {
+            self.files[file].buffered_operations = self.number(segments);
+        }
+    }
+
+    /// Gives the operations of these segments the next numbers.
+    fn number(&mut self, segments: Vec<Segment>) -> Range<u64> {
+        let first_operation = self.operations;
+        for mut segment in segments {
+            segment.first_operation = self.operations;
+            self.operations += match segment.place {
+                Place::InPlace(_) => {
+                    let chunk = self.chunk_of(&segment);
+                    (segment.offset % chunk + segment.len).div_ceil(chunk)
+                }
+                Place::Scratch(_) => 1,
+            };
+            self.segments.push(segment);
+        }
+        first_operation..self.operations
+    }
+
+    /// What of the pieces of one file is in the page cache and shall be taken from there, and what is to be
+    /// read directly.
+    fn split_by_residency(
+        &self,
+        file: usize,
+        direct: &DirectFile,
+        pieces: &[Piece],
+    ) -> (Vec<Piece>, Vec<Piece>) {
+        let file = &self.files[file];
+        if self.resident == ResidentPolicy::Reread || file.policy == DirectPolicy::Required {
+            return (Vec::new(), pieces.to_vec());
+        }
+        // Multiples of the alignment, so that cutting makes no ragged ends.
+        let granule = self
+            .chunk_bytes
+            .max(RESIDENT_GRANULE_BYTES)
+            .next_multiple_of(direct.offset_align_bytes.into());
+        let mut split = Split::default();
+        for &piece in pieces {
+            split.add(piece, granule, &|range| file.source.resident_bytes(range));
+        }
+        (split.resident, split.absent)
     }
 
     /// The chunk size, rounded up to what direct reads of this file need.
@@ -250,8 +316,13 @@ impl<'a> Transfer<'a> {
 
     /// The operations of each file.
     #[cfg(feature = "async")]
-    pub(crate) fn file_operations(&self) -> impl Iterator<Item = Range<u64>> + '_ {
-        self.files.iter().map(|file| file.operations.clone())
+    pub(crate) fn file_operations(
+        &self,
+    ) -> impl Iterator<Item = impl Iterator<Item = u64> + use<>> + '_ {
+        self.files.iter().map(|file| {
+            let (direct, buffered) = (&file.direct_operations, &file.buffered_operations);
+            interleaved_runs(direct.clone(), buffered.clone())
+        })
     }
 
     /// The next operation that nobody has taken, or `None` when there is none left or the batch shall stop.
@@ -259,8 +330,14 @@ impl<'a> Transfer<'a> {
         if self.should_stop() {
             return None;
         }
-        let number = self.next.fetch_add(1, Ordering::Relaxed);
-        (number < self.operations).then(|| self.operation(number))
+        let turn = self.next.fetch_add(1, Ordering::Relaxed);
+        (turn < self.operations).then(|| {
+            self.operation(interleaved(
+                turn,
+                0..self.direct_operations,
+                self.direct_operations..self.operations,
+            ))
+        })
     }
 
     /// The operation with this number. Each number may be turned into an operation once.
@@ -273,11 +350,16 @@ impl<'a> Transfer<'a> {
         let chunk = self.chunk_of(segment);
         let (offset, len, place) = match &segment.place {
             Place::InPlace(memory) => {
-                let begin = (number - segment.first_operation) * chunk;
-                let len = chunk.min(segment.len - begin);
+                // Cuts are at multiples of the chunk in the file: there the page cache's folios end, and, as
+                // destinations are placed, huge pages of memory too, which two readers had better not
+                // fault in at once.
+                let skew = segment.offset % chunk;
+                let place = number - segment.first_operation;
+                let begin = (place * chunk).saturating_sub(skew);
+                let end = ((place + 1) * chunk - skew).min(segment.len);
                 (
                     segment.offset + begin,
-                    len,
+                    end - begin,
                     Place::InPlace(memory.add(begin)),
                 )
             }
@@ -508,9 +590,29 @@ impl<'a> Transfer<'a> {
             self.counters
                 .direct_bytes
                 .fetch_add(bytes, Ordering::Relaxed);
+        } else {
+            self.drop_behind(operation);
         }
         self.counters.completed.fetch_add(1, Ordering::Relaxed);
         self.control.advance(bytes);
+    }
+
+    /// Drops what a buffered operation has read from the page cache, as far as that was asked for.
+    fn drop_behind(&self, operation: &Operation) {
+        if !matches!(self.resident, ResidentPolicy::CopyAndDrop { .. }) {
+            return;
+        }
+        let bytes = operation.needed as u64;
+        let take = |left: u64| (left > 0).then(|| left.saturating_sub(bytes));
+        let allowed = self
+            .drop_bytes
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, take);
+        if allowed.is_ok() {
+            let begin = operation.offset;
+            self.files[operation.file]
+                .source
+                .drop_resident(begin..begin + bytes);
+        }
     }
 
     fn scatter(&self, operation: &Operation, piece: &Piece, scratch: &Region) {
@@ -556,6 +658,87 @@ impl Operation {
     }
 }
 
+/// The operation whose turn it is, when the two runs of numbers take turns such that either is spread evenly
+/// over the whole: while some readers wait for the device, others copy from the page cache.
+fn interleaved(turn: u64, direct: Range<u64>, buffered: Range<u64>) -> u64 {
+    let (count, others) = (direct.end - direct.start, buffered.end - buffered.start);
+    if others == 0 {
+        return direct.start + turn;
+    }
+    let before = |turn: u64| {
+        let before = u128::from(turn) * u128::from(count) / u128::from(count + others);
+        // At most `count`.
+        u64::try_from(before).unwrap_or(count)
+    };
+    let directs = before(turn);
+    if before(turn + 1) > directs {
+        direct.start + directs
+    } else {
+        buffered.start + (turn - directs)
+    }
+}
+
+/// All numbers of two runs, in the order of [`interleaved`].
+#[cfg(any(feature = "async", test))]
+fn interleaved_runs(direct: Range<u64>, buffered: Range<u64>) -> impl Iterator<Item = u64> + use<> {
+    let turns = (direct.end - direct.start) + (buffered.end - buffered.start);
+    (0..turns).map(move |turn| interleaved(turn, direct.clone(), buffered.clone()))
+}
+
+/// Pieces, parted by whether the page cache holds them.
+#[derive(Debug, Default)]
+struct Split {
+    resident: Vec<Piece>,
+    absent: Vec<Piece>,
+}
+
+impl Split {
+    /// Parts a piece at multiples of `granule` in the file. `resident_bytes` tells how much of a range is in
+    /// the page cache; it is asked about halves of halves, so few times where all or nothing is.
+    fn add(
+        &mut self,
+        piece: Piece,
+        granule: u64,
+        resident_bytes: &dyn Fn(Range<u64>) -> Option<u64>,
+    ) {
+        let resident = resident_bytes(piece.offset..piece.end()).unwrap_or(0);
+        let granules = piece.offset / granule..piece.end().div_ceil(granule);
+        if resident == 0 {
+            return Self::push(&mut self.absent, piece);
+        }
+        if resident >= piece.len {
+            return Self::push(&mut self.resident, piece);
+        }
+        if granules.end - granules.start == 1 {
+            let is_resident = piece.len - resident <= piece.len / RESIDENT_GRANULE_TOLERATED;
+            return Self::push(
+                if is_resident {
+                    &mut self.resident
+                } else {
+                    &mut self.absent
+                },
+                piece,
+            );
+        }
+        let middle = (granules.start + (granules.end - granules.start) / 2) * granule;
+        let (first, second) = piece.split_at(middle - piece.offset);
+        self.add(first, granule, resident_bytes);
+        self.add(second, granule, resident_bytes);
+    }
+
+    /// Adds a piece, to the last one if it continues that.
+    fn push(pieces: &mut Vec<Piece>, piece: Piece) {
+        match pieces.last_mut() {
+            Some(last)
+                if last.end() == piece.offset && last.memory.add(last.len) == piece.memory =>
+            {
+                last.len += piece.len;
+            }
+            _ => pieces.push(piece),
+        }
+    }
+}
+
 /// Sorts requests by file and offset, checks them against the files, and merges what is adjacent both in a
 /// file and in memory.
 fn gather<'a>(requests: Vec<ReadRequest<'a>>) -> Result<(Vec<BatchFile<'a>>, Vec<Piece>)> {
@@ -588,7 +771,8 @@ fn gather<'a>(requests: Vec<ReadRequest<'a>>) -> Result<(Vec<BatchFile<'a>>, Vec
                 direct: None,
                 policy: DirectPolicy::Never,
                 refused: AtomicBool::new(false),
-                operations: 0..0,
+                direct_operations: 0..0,
+                buffered_operations: 0..0,
             });
         }
         if end > lengths[file] {
@@ -766,6 +950,87 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn turns_are_fair_and_reach_every_operation_once(
+            direct in 0_u64..300,
+            buffered in 0_u64..300,
+            first in 0_u64..50,
+            second in 1000_u64..1050,
+        ) {
+            let numbers: Vec<_> =
+                interleaved_runs(first..first + direct, second..second + buffered).collect();
+            let mut sorted = numbers.clone();
+            sorted.sort_unstable();
+            let all: Vec<_> = (first..first + direct).chain(second..second + buffered).collect();
+            prop_assert_eq!(sorted, all);
+            // After any number of turns, the share of direct ones is that of the whole.
+            let mut directs = 0_u64;
+            for (turn, number) in numbers.iter().enumerate() {
+                directs += u64::from(*number < 1000);
+                let due = (turn as u64 + 1) as f64 * direct as f64 / (direct + buffered) as f64;
+                prop_assert!((directs as f64 - due).abs() < 1.0 + 1e-6, "{directs} of {due}");
+            }
+        }
+
+        /// Parting by residency loses nothing, cuts only at granules, and agrees with a look at each granule.
+        #[test]
+        fn residency_parts_pieces_as_a_look_at_each_granule_does(
+            pages in prop::collection::vec(any::<bool>(), 1..200),
+            runs in prop::collection::vec((any::<bool>(), 1_usize..40), 0..8),
+            begin in 0_u64..4096,
+            cut in 0_u64..4096,
+            pages_per_granule in prop::sample::select(vec![1_u64, 4, 16, 32]),
+        ) {
+            let mut pages = pages;
+            for (is_resident, count) in runs {
+                pages.extend(std::iter::repeat_n(is_resident, count));
+            }
+            let end = (pages.len() as u64 * 4096).saturating_sub(cut).max(begin + 1);
+            let naive = |range: Range<u64>| {
+                range.filter(|&byte| {
+                    usize::try_from(byte / 4096).ok().and_then(|page| pages.get(page)) == Some(&true)
+                }).count() as u64
+            };
+            // A byte at a time is slow, so ask per page.
+            let resident = |range: Range<u64>| {
+                let mut sum = 0;
+                let mut at = range.start;
+                while at < range.end {
+                    let next = ((at / 4096 + 1) * 4096).min(range.end);
+                    if naive(at..at + 1) == 1 { sum += next - at; }
+                    at = next;
+                }
+                Some(sum)
+            };
+            let granule = pages_per_granule * 4096;
+            let piece = Piece { file: 0, offset: begin, len: end - begin, memory: Address(1 << 20) };
+            let mut split = Split::default();
+            split.add(piece, granule, &resident);
+
+            let mut at = begin;
+            let mut parts: Vec<_> = split.resident.iter().map(|part| (*part, true))
+                .chain(split.absent.iter().map(|part| (*part, false))).collect();
+            parts.sort_by_key(|(part, _)| part.offset);
+            for (part, _) in &parts {
+                prop_assert_eq!(part.offset, at);
+                prop_assert_eq!(part.memory.0 as u64 - (1 << 20), at - begin);
+                prop_assert!(at == begin || at % granule == 0);
+                at = part.end();
+            }
+            prop_assert_eq!(at, end);
+            let mut granule_begin = begin;
+            while granule_begin < end {
+                let granule_end = ((granule_begin / granule + 1) * granule).min(end);
+                let len = granule_end - granule_begin;
+                let missing = len - resident(granule_begin..granule_end).unwrap();
+                let expected = missing < len && missing <= len / RESIDENT_GRANULE_TOLERATED;
+                let found = parts.iter()
+                    .find(|(part, _)| part.offset <= granule_begin && granule_begin < part.end());
+                prop_assert_eq!(found.unwrap().1, expected, "granule at {}", granule_begin);
+                granule_begin = granule_end;
+            }
+        }
+
         /// Every byte of every piece is delivered exactly once, to its own address, by reads that are
         /// aligned and, where they go through scratch, fit it.
         #[test]

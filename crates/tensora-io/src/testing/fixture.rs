@@ -10,8 +10,8 @@ use tempfile::TempDir;
 
 use super::Options;
 use crate::{
-    Backend, BackendKind, Control, DirectPolicy, ReadRequest, ReadStats, Region, Result,
-    SourceFile, TransferParams,
+    Backend, BackendKind, Control, DirectPolicy, ReadRequest, ReadStats, Region, ResidentPolicy,
+    Result, SourceFile, TransferParams,
 };
 
 /// Stands between destinations and, before a read, in them. Even, as no byte of a sample is.
@@ -27,6 +27,24 @@ const MAX_GUARD_BYTES: usize = 64;
 
 pub(super) const KIB: usize = 1 << 10;
 pub(super) const MIB: usize = 1 << 20;
+
+/// Each way of treating what is in the page cache, where reads may go through it.
+fn resident_params() -> impl Iterator<Item = TransferParams> {
+    let drop_all = ResidentPolicy::CopyAndDrop {
+        limit_bytes: u64::MAX,
+    };
+    [DirectPolicy::Never, DirectPolicy::Preferred]
+        .into_iter()
+        .flat_map(move |direct| {
+            [ResidentPolicy::Copy, drop_all].map(|resident| TransferParams {
+                chunk_bytes: 64 << 10,
+                queue_depth: 4,
+                workers: 3,
+                direct,
+                resident,
+            })
+        })
+}
 
 const POLICIES: [DirectPolicy; 3] = [
     DirectPolicy::Never,
@@ -130,7 +148,8 @@ impl Trial {
         }
     }
 
-    /// Every policy with every combination of chunk, depth and workers.
+    /// Every policy with every combination of chunk, depth and workers, and a few with each way of treating
+    /// what is resident.
     pub(super) fn all_params(&self, sample: &Sample) -> Vec<TransferParams> {
         let mut all = Vec::new();
         for &direct in self.policies(&sample.source) {
@@ -142,12 +161,13 @@ impl Trial {
                             queue_depth,
                             workers,
                             direct,
-                            resident: crate::ResidentPolicy::Reread,
+                            resident: ResidentPolicy::Reread,
                         });
                     }
                 }
             }
         }
+        all.extend(resident_params());
         all
     }
 
@@ -163,10 +183,11 @@ impl Trial {
                     queue_depth,
                     workers,
                     direct,
-                    resident: crate::ResidentPolicy::Reread,
+                    resident: ResidentPolicy::Reread,
                 });
             }
         }
+        few.extend(resident_params());
         few
     }
 
@@ -236,7 +257,7 @@ pub(super) fn params(direct: DirectPolicy) -> TransferParams {
         queue_depth: 4,
         workers: 2,
         direct,
-        resident: crate::ResidentPolicy::Reread,
+        resident: ResidentPolicy::Reread,
     }
 }
 
@@ -544,6 +565,8 @@ fn judge_stats(stats: &ReadStats, slots: &[Slot<'_>], params: &TransferParams) {
     };
     let (least, most) = match params.direct {
         DirectPolicy::Never => (0, 0),
+        // How much of the sample is in the page cache is the system's business.
+        DirectPolicy::Preferred if params.resident != ResidentPolicy::Reread => (0, requested),
         DirectPolicy::Preferred => {
             let buffered = slots.iter().filter(may_be_buffered);
             (
