@@ -1,6 +1,6 @@
 use std::fmt;
 
-use tensora_io::{BackendKind, DirectPolicy};
+use tensora_io::{BackendKind, DirectPolicy, ResidentPolicy};
 
 use crate::planner::resident_percent;
 use crate::units::{Bytes, count};
@@ -76,8 +76,13 @@ impl Plan {
             DirectPolicy::Preferred => "direct where possible",
             DirectPolicy::Required => "direct or not at all",
         };
+        let resident = match params.resident {
+            ResidentPolicy::CopyAndDrop { .. } => ", what is in the page cache copied and dropped",
+            ResidentPolicy::Copy if self.reads_direct() => ", what is in the page cache copied",
+            ResidentPolicy::Copy | ResidentPolicy::Reread => "",
+        };
         format!(
-            "{}, {} memory: {crew}, chunks of {chunk}, {direct}.",
+            "{}, {} memory: {crew}, chunks of {chunk}, {direct}{resident}.",
             self.backend, self.memory
         )
     }

@@ -1,15 +1,16 @@
 use std::fmt;
 
 use serde::{Serialize, Serializer};
-use tensora_io::{BackendKind, DirectPolicy, MemoryKind, Platform, TransferParams};
+use tensora_io::{BackendKind, DirectPolicy, MemoryKind, Platform, ResidentPolicy, TransferParams};
 
 use crate::{Policy, Workload};
 
 /// How to load, and why.
 ///
 /// Its [`Display`](fmt::Display) is an explanation for people. Its JSON has the keys `backend`,
-/// `memory`, `direct` ([`reads_direct`](Self::reads_direct)), `direct_policy`, `chunk_bytes`,
-/// `queue_depth`, `workers`, `decisions`, and the inputs `workload`, `platform` and `policy`: give
+/// `memory`, `direct` ([`reads_direct`](Self::reads_direct)), `direct_policy`, `resident`
+/// (`reread`, `copy` or `copy-and-drop`, and null for mmap), `drop_limit_bytes` (null unless something is
+/// dropped), `chunk_bytes`, `queue_depth`, `workers`, `decisions`, and the inputs `workload`, `platform` and `policy`: give
 /// those three to [`plan`](crate::plan()) again and the same plan comes out.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -57,6 +58,8 @@ impl Serialize for Plan {
             memory: MemoryKind,
             direct: bool,
             direct_policy: DirectPolicy,
+            resident: Option<&'static str>,
+            drop_limit_bytes: Option<u64>,
             chunk_bytes: u64,
             queue_depth: u32,
             workers: u32,
@@ -71,6 +74,12 @@ impl Serialize for Plan {
             memory: self.memory,
             direct: self.reads_direct(),
             direct_policy: self.params.direct,
+            resident: (self.backend != BackendKind::Mmap)
+                .then(|| resident_name(self.params.resident)),
+            drop_limit_bytes: match self.params.resident {
+                ResidentPolicy::CopyAndDrop { limit_bytes } => Some(limit_bytes),
+                ResidentPolicy::Reread | ResidentPolicy::Copy => None,
+            },
             chunk_bytes: self.params.chunk_bytes,
             queue_depth: self.params.queue_depth,
             workers: self.params.workers,
@@ -83,11 +92,21 @@ impl Serialize for Plan {
     }
 }
 
+/// The name in JSON and explanations.
+pub(crate) const fn resident_name(policy: ResidentPolicy) -> &'static str {
+    match policy {
+        ResidentPolicy::Reread => "reread",
+        ResidentPolicy::Copy => "copy",
+        ResidentPolicy::CopyAndDrop { .. } => "copy-and-drop",
+    }
+}
+
 /// One thing that was decided.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct Decision {
-    /// What was decided: `memory`, `backend`, `direct`, `chunk_bytes`, `queue_depth` or `workers`.
+    /// What was decided: `memory`, `backend`, `direct`, `resident` (not for mmap), `chunk_bytes`, `workers`
+    /// or `queue_depth`.
     pub field: &'static str,
     /// The choice, as it stands in JSON.
     pub chosen: String,

@@ -45,6 +45,8 @@ fn large_and_cold() {
                          Not buffered: reading through the page cache costs a second copy and reaches a part of
                          the device's speed only.
 
+            resident     reread. There is nothing in the page cache to copy.
+
             chunk        1 MiB. Long enough for the device's full speed, short enough to keep many in flight.
 
             workers      2. One ring alone starves while its destination pages are faulted in; beyond a few
@@ -85,6 +87,8 @@ fn large_where_rings_are_blocked() {
                          Not buffered: reading through the page cache costs a second copy and reaches a part of
                          the device's speed only.
 
+            resident     reread. There is nothing in the page cache to copy.
+
             chunk        1 MiB. Long enough for the device's full speed, short enough to keep many in flight.
 
             workers      16. They wait for the device rather than compute, so the device's queue decides, not
@@ -99,27 +103,30 @@ fn large_where_rings_are_blocked() {
 fn small_and_warm() {
     explains(
         &one_shard(),
-        &resident(970),
+        &resident(990),
         &Policy::default(),
         &expect![[r#"
             plan         sync, owned memory: 2 threads, chunks of 4 MiB, buffered.
             load         1.4 GiB from 1 shard of SafeTensors, whole files: 399 tensors in 1 request.
-            where        ext4 on nvme0n1, 97 % of the files in the page cache; 2 CPUs; 24 GiB of memory left
+            where        ext4 on nvme0n1, 99 % of the files in the page cache; 2 CPUs; 24 GiB of memory left
                          (machine).
 
             memory       owned. It fits: with the reads under way the tensors take 1.43 GiB, and the machine
                          leaves 24 GiB.
                          Not mapped: the caller has not taken on the contract of mappings.
 
-            backend      sync. 97 % of the files is in the page cache. What is left to do is a copy, and threads
+            backend      sync. 99 % of the files is in the page cache. What is left to do is a copy, and threads
                          spread it over the CPUs.
                          Not async: it makes the same reads as sync, each handed to Tokio's blocking pool first.
-                         Not io-uring: there is no device to keep busy, only a copy to spread over the CPUs.
+                         Not io-uring: there is no device to keep busy, or hardly, only a copy to spread over
+                         the CPUs.
                          Not mmap: for owned memory it adds a mapping to the same copy.
 
             direct       never. Reads go through the page cache.
                          Not direct: it would fetch from the device what is in the page cache already (1.5 GB
                          took 0.012 s mapped, 0.24 s copied and 0.75 s read directly, November 2026).
+
+            resident     copy. Buffered reads take from the page cache what is in it.
 
             chunk        4 MiB. Through the page cache, longer reads save calls and keep read-ahead going.
 
@@ -194,6 +201,8 @@ fn selected_ranges() {
                          Not buffered: reading through the page cache costs a second copy and reaches a part of
                          the device's speed only.
 
+            resident     reread. There is nothing in the page cache to copy.
+
             chunk        512 KiB. No request is longer than 292.97 KiB, so longer chunks would never be filled.
 
             workers      16. They wait for the device rather than compute, so the device's queue decides, not
@@ -228,6 +237,8 @@ fn behind_a_server() {
 
             direct       never. Reads go through the page cache.
                          Not direct: a server's files gain from read-ahead, which direct reads do without.
+
+            resident     copy. Buffered reads take from the page cache what is in it.
 
             chunk        8 MiB. Long sequential reads suit a server.
 
@@ -266,6 +277,8 @@ fn everything_named() {
                          7.4 to 8.4 s with rings and 8.0 to 9.8 s with threads, November 2026).
 
             direct       never. It was asked for.
+
+            resident     copy. Buffered reads take from the page cache what is in it.
 
             chunk        512 KiB. It was set.
                          Not 4 MiB: another value was set. Through the page cache, longer reads save calls and
@@ -335,6 +348,12 @@ fn as_json() {
               ]
             },
             {
+              "chosen": "reread",
+              "field": "resident",
+              "reason": "There is nothing in the page cache to copy.",
+              "rejected": []
+            },
+            {
               "chosen": "1048576",
               "field": "chunk_bytes",
               "reason": "Long enough for the device's full speed, short enough to keep many in flight.",
@@ -355,6 +374,7 @@ fn as_json() {
           ],
           "direct": true,
           "direct_policy": "preferred",
+          "drop_limit_bytes": null,
           "memory": "owned",
           "platform": "as given",
           "policy": {
@@ -368,6 +388,7 @@ fn as_json() {
             "workers": null
           },
           "queue_depth": 1,
+          "resident": "reread",
           "workers": 16,
           "workload": {
             "access": "whole-files",
@@ -380,4 +401,97 @@ fn as_json() {
             "tensors": 399
           }
         }"#]].assert_eq(&json);
+}
+
+#[test]
+fn half_resident() {
+    explains(
+        &five_shards(),
+        &resident(500),
+        &Policy::default(),
+        &expect![[r#"
+            plan         io-uring, owned memory: 2 rings of depth 16, chunks of 1 MiB, direct, what is in the
+                         page cache copied.
+            load         15.26 GiB from 5 shards of SafeTensors, whole files: 399 tensors in 5 requests.
+            where        ext4 on nvme0n1, 50 % of the files in the page cache; 2 CPUs; 24 GiB of memory left
+                         (machine).
+
+            memory       owned. It fits: with the reads under way the tensors take 15.29 GiB, and the machine
+                         leaves 24 GiB.
+                         Not mapped: the caller has not taken on the contract of mappings.
+
+            backend      io-uring. 15.26 GiB in 5 shards is a large load, 4 GB (3.73 GiB) or more, and large
+                         loads favour rings (16.4 GB in 5 shards took 7.4 to 8.4 s with rings and 8.0 to 9.8 s
+                         with threads, November 2026).
+                         Not sync: threads trail by a few per cent.
+                         Not async: it makes the same reads as sync, each handed to Tokio's blocking pool first.
+                         Not mmap: for owned memory it copies out of the page cache, and cold mappings are slow
+                         (16.4 GB took 11 to 14 s mapped and 7.4 to 9.8 s read directly, November 2026).
+
+            direct       preferred. 50 % of the files is in the page cache. The storage supports direct I/O, and
+                         direct reads saturate the device.
+                         Not buffered: reading through the page cache costs a second copy and reaches a part of
+                         the device's speed only.
+
+            resident     copy. 50 % of the files is in the page cache. Those chunks are copied at the speed of
+                         memory while the others are read directly.
+                         Not reread: the device would deliver again, more slowly, what is in memory already.
+
+            chunk        1 MiB. Long enough for the device's full speed, short enough to keep many in flight.
+
+            workers      2. One ring alone starves while its destination pages are faulted in; beyond a few
+                         there is nothing left to gain.
+
+            queue depth  16. Together the rings keep the device's queue full.
+        "#]],
+    );
+}
+
+#[test]
+fn crowded() {
+    let mut platform = resident(1000);
+    if let Some(storage) = &mut platform.storage {
+        storage.file_bytes = five_shards().read_bytes;
+        storage.resident_bytes = Some(storage.file_bytes);
+    }
+    explains(
+        &five_shards(),
+        &platform,
+        &Policy::default(),
+        &expect![[r#"
+            plan         sync, owned memory: 2 threads, chunks of 4 MiB, direct, what is in the page cache
+                         copied and dropped.
+            load         15.26 GiB from 5 shards of SafeTensors, whole files: 399 tensors in 5 requests.
+            where        ext4 on nvme0n1, 100 % of the files in the page cache; 2 CPUs; 24 GiB of memory left
+                         (machine).
+
+            memory       owned. It fits: with the reads under way the tensors take 15.29 GiB, and the machine
+                         leaves 24 GiB.
+                         Not mapped: the caller has not taken on the contract of mappings.
+
+            backend      sync. The files are in the page cache. That and the tensors do not fit into memory
+                         together. What is left to do is a copy, and threads spread it over the CPUs.
+                         Not async: it makes the same reads as sync, each handed to Tokio's blocking pool first.
+                         Not io-uring: there is no device to keep busy, or hardly, only a copy to spread over
+                         the CPUs.
+                         Not mmap: for owned memory it adds a mapping to the same copy.
+
+            direct       preferred. The files are in the page cache. That and the tensors do not fit into memory
+                         together. The storage supports direct I/O, and direct reads saturate the device.
+                         Not buffered: reading through the page cache costs a second copy and reaches a part of
+                         the device's speed only.
+
+            resident     copy-and-drop. The files are in the page cache. That and the tensors do not fit into
+                         memory together. Each chunk that is there is copied and then dropped, 8.01 GiB in all,
+                         so that filling the destination does not make the kernel drop chunks that are not
+                         copied yet.
+                         Not reread: the device would deliver again, more slowly, what is in memory already.
+
+            chunk        4 MiB. Through the page cache, longer reads save calls and keep read-ahead going.
+
+            workers      2. Going through the page cache is a copy, and so work for the 2 CPUs.
+
+            queue depth  1. Only rings keep more than one read in flight per worker.
+        "#]],
+    );
 }

@@ -13,7 +13,7 @@ use tensora_heuristics::{
 };
 use tensora_io::{
     Availability, BackendKind, DirectPolicy, DirectSupport, FileSystemClass, Platform,
-    StorageFacts, TransferParams,
+    ResidentPolicy, StorageFacts, TransferParams,
 };
 
 /// Sizes of every magnitude, and the extremes.
@@ -226,6 +226,22 @@ fn check(plan: &Plan) -> Result<(), TestCaseError> {
         prop_assert_eq!(params.direct, DirectPolicy::Never);
     }
 
+    // What is in the page cache is left alone unless direct reads were left to the planner, and dropped
+    // from it only so far as it is there or will be.
+    let named = matches!(policy.direct, DirectChoice::Policy(_));
+    if named && plan.reads_direct() {
+        prop_assert_eq!(params.resident, ResidentPolicy::Reread);
+    }
+    if let ResidentPolicy::CopyAndDrop { limit_bytes } = params.resident {
+        let storage = platform.storage.as_ref().expect("it was probed");
+        let resident = storage.resident_bytes.expect("it is known");
+        let usable = platform.memory.usable_bytes().expect("it is known").0;
+        prop_assert_ne!(storage.class, FileSystemClass::Memory);
+        prop_assert!(workload.destination_bytes.saturating_add(resident) > usable);
+        prop_assert!(limit_bytes > 0);
+        prop_assert!(limit_bytes <= resident.max(workload.read_bytes));
+    }
+
     // What the planner chose itself is bounded by the work and by memory; what was set stands.
     prop_assert_eq!(
         policy.chunk_bytes.unwrap_or(params.chunk_bytes),
@@ -245,7 +261,9 @@ fn check(plan: &Plan) -> Result<(), TestCaseError> {
         let chunks = chunks.saturating_add(workload.requests).max(1);
         prop_assert!(u64::from(params.workers) <= chunks);
     }
-    let takes_scratch = *backend == BackendKind::IoUring || plan.reads_direct();
+    // A copy from a page cache that is crowded reads directly only what was dropped from it meanwhile.
+    let drops = matches!(params.resident, ResidentPolicy::CopyAndDrop { .. });
+    let takes_scratch = *backend == BackendKind::IoUring || plan.reads_direct() && !drops;
     if takes_scratch
         && (policy.chunk_bytes, policy.queue_depth, policy.workers) == (None, None, None)
     {
@@ -259,14 +277,24 @@ fn check(plan: &Plan) -> Result<(), TestCaseError> {
         .iter()
         .map(|decision| (decision.field, decision.chosen.clone()))
         .collect();
-    let expected = [
+    let resident = match params.resident {
+        ResidentPolicy::Reread => "reread",
+        ResidentPolicy::Copy => "copy",
+        ResidentPolicy::CopyAndDrop { .. } => "copy-and-drop",
+    };
+    let mut expected = vec![
         ("memory", memory.to_string()),
         ("backend", backend.to_string()),
         ("direct", params.direct.to_string()),
+    ];
+    if *backend != BackendKind::Mmap {
+        expected.push(("resident", resident.to_owned()));
+    }
+    expected.extend([
         ("chunk_bytes", params.chunk_bytes.to_string()),
         ("workers", params.workers.to_string()),
         ("queue_depth", params.queue_depth.to_string()),
-    ];
+    ]);
     prop_assert_eq!(&decided[..], &expected[..]);
     for decision in decisions {
         prop_assert!(decision.reason.ends_with('.'), "{}", decision.reason);
@@ -370,7 +398,7 @@ proptest! {
             queue_depth: policy.queue_depth.unwrap_or(1),
             workers: policy.workers.unwrap_or(1),
             direct: DirectPolicy::Never,
-            resident: tensora_io::ResidentPolicy::Reread,
+            resident: ResidentPolicy::Reread,
         };
         let workload = Workload::new(StorageLayout::SafeTensors, AccessPattern::WholeFiles);
         let refused = matches!(

@@ -13,7 +13,8 @@ use tensora_heuristics::{
 };
 use tensora_io::BackendKind::{Async, IoUring, Mmap, Sync};
 use tensora_io::{
-    BackendKind, DirectPolicy, DirectSupport, FileSystemClass, Platform, TransferParams,
+    BackendKind, DirectPolicy, DirectSupport, FileSystemClass, Platform, ResidentPolicy,
+    TransferParams,
 };
 
 const GB: u64 = 1_000_000_000;
@@ -119,7 +120,10 @@ fn parameters_of_each_backend() {
             queue_depth: u32::try_from(queue_depth).expect("small"),
             workers: u32::try_from(workers).expect("small"),
             direct,
-            resident: tensora_io::ResidentPolicy::Reread,
+            resident: match (backend, direct) {
+                (Some(Sync | Async | IoUring), DirectPolicy::Never) => ResidentPolicy::Copy,
+                _ => ResidentPolicy::Reread,
+            },
         };
         assert_eq!(plan.params, expected, "{backend:?} {direct} {cpus}");
     }
@@ -139,7 +143,7 @@ fn files_in_memory_are_copied_or_mapped() {
 
 #[test]
 fn resident_files_are_copied_or_mapped() {
-    for per_mille in [900, 1000] {
+    for per_mille in [980, 1000] {
         for workload in [one_shard(), five_shards(), ranges(ServerlessLlm, 8, 9, GB)] {
             let platform = resident(per_mille);
             let copied = auto(&workload, &platform);
@@ -154,11 +158,89 @@ fn resident_files_are_copied_or_mapped() {
 }
 
 #[test]
-fn partly_resident_files_count_as_cold() {
-    let plan = with(&one_shard(), &resident(899), consent);
-    assert_eq!((plan.backend, plan.memory), (Sync, MemoryKind::Owned));
-    assert_eq!(plan.params.direct, DirectPolicy::Preferred);
-    assert!(rejection(&plan, "memory", "mapped").contains("slower than reading"));
+fn partly_resident_files_are_copied_where_resident_and_read_elsewhere() {
+    let table = [
+        // Per mille; of one shard and of five: backend.
+        (20, Sync, IoUring),
+        (500, Sync, IoUring),
+        (749, Sync, IoUring),
+        // From here on it is a copy above all.
+        (750, Sync, Sync),
+        (979, Sync, Sync),
+    ];
+    for (per_mille, small, large) in table {
+        for (workload, backend) in [(one_shard(), small), (five_shards(), large)] {
+            let plan = auto(&workload, &resident(per_mille));
+            assert_eq!(plan.backend, backend, "{per_mille}");
+            assert_eq!(plan.memory, MemoryKind::Owned, "{per_mille}");
+            assert_eq!(plan.params.direct, DirectPolicy::Preferred, "{per_mille}");
+            assert_eq!(plan.params.resident, ResidentPolicy::Copy, "{per_mille}");
+            // The device decides about the parameters, whatever is copied meanwhile.
+            assert_eq!(plan.params.chunk_bytes, MIB, "{per_mille}");
+            assert_eq!(
+                plan.params.workers * plan.params.queue_depth,
+                if backend == Sync { 16 } else { 32 },
+                "{per_mille}"
+            );
+            assert!(rejection(&plan, "resident", "reread").contains("deliver again"));
+        }
+    }
+}
+
+#[test]
+fn next_to_nothing_resident_counts_as_cold() {
+    for per_mille in [0, 19] {
+        let plan = auto(&one_shard(), &resident(per_mille));
+        assert!(plan.reads_direct());
+        assert_eq!(plan.params.resident, ResidentPolicy::Reread);
+    }
+}
+
+#[test]
+fn partly_resident_files_are_mapped_where_little_is_missing() {
+    for (per_mille, memory) in [
+        (500, MemoryKind::Owned),
+        (799, MemoryKind::Owned),
+        (800, MemoryKind::Mapped),
+        (979, MemoryKind::Mapped),
+    ] {
+        let plan = with(&one_shard(), &resident(per_mille), consent);
+        assert_eq!(plan.memory, memory, "{per_mille}");
+    }
+    let plan = with(&one_shard(), &resident(799), consent);
+    assert!(rejection(&plan, "memory", "mapped").contains("pays from 80 %"));
+}
+
+#[test]
+fn without_direct_reads_partly_resident_files_are_read_through_the_cache() {
+    let mut platform = resident(500);
+    if let Some(storage) = &mut platform.storage {
+        storage.direct = DirectSupport::Unsupported {
+            reason: "EINVAL".to_owned(),
+        };
+    }
+    let plan = auto(&five_shards(), &platform);
+    assert_eq!(plan.params.direct, DirectPolicy::Never);
+    assert_eq!(plan.params.resident, ResidentPolicy::Copy);
+    let never = with(&five_shards(), &resident(500), |policy| {
+        policy.direct = DirectChoice::Policy(DirectPolicy::Never);
+    });
+    assert_eq!(never.params.direct, DirectPolicy::Never);
+    assert_eq!(never.params.resident, ResidentPolicy::Copy);
+}
+
+#[test]
+fn who_asks_for_direct_reads_gets_them_for_what_is_resident_too() {
+    for direct in [DirectPolicy::Preferred, DirectPolicy::Required] {
+        for per_mille in [500, 1000] {
+            let plan = with(&five_shards(), &resident(per_mille), |policy| {
+                policy.direct = DirectChoice::Policy(direct);
+            });
+            assert_eq!(plan.params.direct, direct);
+            assert_eq!(plan.params.resident, ResidentPolicy::Reread);
+            assert!(rejection(&plan, "resident", "copy").contains("not be read directly"));
+        }
+    }
 }
 
 #[test]
@@ -409,39 +491,111 @@ fn overrides_are_taken_as_they_are_and_shape_the_rest() {
     assert_eq!(plan.params.workers, 1);
 }
 
-#[test]
-fn a_cache_that_the_tensors_would_crowd_out_is_left_alone() {
-    // 16.4 GB of tensors and 16.4 GB of cached files, on 24 GiB: measured at 17 to 32 s copied, 10 to 18 s
-    // read directly.
-    let cached = |available_bytes| {
-        let mut platform = stored(|storage| {
-            storage.file_bytes = 16_381_470_720;
-            storage.resident_bytes = Some(16_381_470_720);
-        });
-        platform.memory.available_bytes = Some(available_bytes);
-        platform
-    };
-    let crowded = auto(&five_shards(), &cached(24 * GIB));
-    assert_eq!(crowded.backend, IoUring);
-    assert_eq!(crowded.params.direct, DirectPolicy::Preferred);
-    assert!(
-        crowded
-            .decisions
-            .iter()
-            .any(|decision| { decision.reason.contains("do not fit into memory together") })
-    );
-    let roomy = auto(&five_shards(), &cached(32 * GIB));
-    assert_eq!(roomy.backend, Sync);
-    assert_eq!(roomy.params.direct, DirectPolicy::Never);
-    // Mapped, they are one and the same.
-    let mapped = with(&five_shards(), &cached(24 * GIB), consent);
-    assert_eq!(mapped.memory, MemoryKind::Mapped);
-    // Without direct reads there is no better way.
-    let mut buffered = cached(24 * GIB);
-    if let Some(storage) = &mut buffered.storage {
+/// A machine that leaves `available_bytes` and has `resident_bytes` of the five shards in the page cache.
+fn cached(resident_bytes: u64, available_bytes: u64) -> Platform {
+    let mut platform = stored(|storage| {
+        storage.file_bytes = five_shards().read_bytes;
+        storage.resident_bytes = Some(resident_bytes);
+    });
+    platform.memory.available_bytes = Some(available_bytes);
+    platform
+}
+
+fn refuse_direct(platform: &mut Platform) {
+    if let Some(storage) = &mut platform.storage {
         storage.direct = DirectSupport::Unsupported {
             reason: "for this test".to_owned(),
         };
     }
-    assert_eq!(auto(&five_shards(), &buffered).backend, Sync);
+}
+
+#[test]
+fn a_page_cache_that_the_tensors_would_crowd_out_is_copied_and_dropped() {
+    let all = five_shards().read_bytes;
+    let crowded = auto(&five_shards(), &cached(all, 24 * GIB));
+    // It is still a copy; what the kernel drops meanwhile is read directly.
+    assert_eq!(crowded.backend, Sync);
+    assert_eq!(
+        (crowded.params.chunk_bytes, crowded.params.workers),
+        (4 * MIB, 2)
+    );
+    assert_eq!(crowded.params.direct, DirectPolicy::Preferred);
+    assert_eq!(
+        crowded.params.resident,
+        ResidentPolicy::CopyAndDrop {
+            limit_bytes: 2 * all - 24 * GIB + 24 * GIB / 16
+        }
+    );
+    // On a small machine the margin has a least size, and no more is dropped than is there.
+    let small = auto(&one_shard(), &{
+        let mut platform = stored(|storage| {
+            storage.file_bytes = one_shard().read_bytes;
+            storage.resident_bytes = Some(one_shard().read_bytes);
+        });
+        platform.memory.available_bytes = Some(2 * GIB);
+        platform
+    });
+    assert_eq!(
+        small.params.resident,
+        ResidentPolicy::CopyAndDrop {
+            limit_bytes: one_shard().read_bytes
+        }
+    );
+    let roomy = auto(&five_shards(), &cached(all, 32 * GIB));
+    assert_eq!(roomy.backend, Sync);
+    assert_eq!(roomy.params.direct, DirectPolicy::Never);
+    assert_eq!(roomy.params.resident, ResidentPolicy::Copy);
+    // Mapped, they are one and the same.
+    let mapped = with(&five_shards(), &cached(all, 24 * GIB), consent);
+    assert_eq!(mapped.memory, MemoryKind::Mapped);
+}
+
+#[test]
+fn a_half_cached_checkpoint_can_be_crowded_too() {
+    let half = five_shards().read_bytes / 2;
+    let platform = cached(half, 20 * GIB);
+    let plan = auto(&five_shards(), &platform);
+    assert_eq!(plan.backend, IoUring);
+    assert_eq!(plan.params.direct, DirectPolicy::Preferred);
+    assert_eq!(
+        plan.params.resident,
+        ResidentPolicy::CopyAndDrop {
+            limit_bytes: five_shards().read_bytes + half - 20 * GIB + 20 * GIB / 16
+        }
+    );
+}
+
+#[test]
+fn buffered_reads_of_a_crowded_cache_drop_what_they_add_to_it_too() {
+    let (all, half) = (five_shards().read_bytes, five_shards().read_bytes / 2);
+    let mut platform = cached(half, 20 * GIB);
+    refuse_direct(&mut platform);
+    let plan = auto(&five_shards(), &platform);
+    assert_eq!(plan.params.direct, DirectPolicy::Never);
+    assert_eq!(
+        plan.params.resident,
+        ResidentPolicy::CopyAndDrop {
+            limit_bytes: 2 * all - 20 * GIB + 20 * GIB / 16
+        }
+    );
+    // So do those of a server.
+    let mut served = cached(all, 24 * GIB);
+    if let Some(storage) = &mut served.storage {
+        storage.class = FileSystemClass::Network;
+    }
+    let plan = auto(&five_shards(), &served);
+    assert!(matches!(
+        plan.params.resident,
+        ResidentPolicy::CopyAndDrop { .. }
+    ));
+}
+
+#[test]
+fn nothing_is_dropped_from_a_file_system_in_memory() {
+    let mut platform = cached(five_shards().read_bytes, 24 * GIB);
+    if let Some(storage) = &mut platform.storage {
+        storage.class = FileSystemClass::Memory;
+    }
+    let plan = auto(&five_shards(), &platform);
+    assert_eq!(plan.params.resident, ResidentPolicy::Copy);
 }

@@ -65,7 +65,8 @@ impl Regime {
                     .to_owned()
             }
             (Self::Copy, _) => {
-                "there is no device to keep busy, only a copy to spread over the CPUs".to_owned()
+                "there is no device to keep busy, or hardly, only a copy to spread over the CPUs"
+                    .to_owned()
             }
             (Self::Server, _) => {
                 "many reads at once are what a server behind a file system handles worst".to_owned()
@@ -141,6 +142,7 @@ impl Case<'_> {
         let large = self.workload.read_bytes >= tuning::LARGE_LOAD_BYTES;
         match (self.place, self.workload.layout, self.workload.access) {
             (Place::Memory | Place::PageCache, ..) => Regime::Copy,
+            (Place::Mixed, ..) if self.is_mostly_resident() => Regime::Copy,
             (Place::Server, ..) => Regime::Server,
             (_, StorageLayout::ServerlessLlm, AccessPattern::Ranges) => Regime::Extents,
             (_, StorageLayout::ServerlessLlm, AccessPattern::WholeFiles) if large => Regime::Large,
@@ -157,6 +159,10 @@ impl Case<'_> {
         let files = self.files();
         let large = large_load();
         match regime {
+            Regime::Copy if self.place == Place::Mixed => format!(
+                "{} Most of what is left to do is a copy, and threads spread it over the CPUs.",
+                self.whereabouts()
+            ),
             Regime::Copy => format!(
                 "{} What is left to do is a copy, and threads spread it over the CPUs.",
                 self.whereabouts()

@@ -79,12 +79,24 @@ impl Case<'_> {
         }
     }
 
+    /// Whether reads under this policy are expected to be direct, as [`Plan::reads_direct`](crate::Plan::reads_direct).
+    pub(super) fn reads_direct(&self, direct: DirectPolicy) -> bool {
+        match direct {
+            DirectPolicy::Never => false,
+            DirectPolicy::Preferred => self.supports_direct().is_ok(),
+            DirectPolicy::Required => true,
+        }
+    }
+
     /// Whether direct reads are better than buffered ones where both are possible.
     fn direct_pays(&self) -> std::result::Result<String, String> {
         match self.place {
             Place::Memory => {
                 return Err("the files live in memory, so there is no device to read".to_owned());
             }
+            // Copying takes the chunks from the page cache all the same; what was dropped from it
+            // meanwhile is fetched fast.
+            Place::PageCache if self.crowded => self.supports_direct()?,
             Place::PageCache => {
                 return Err(format!(
                     "it would fetch from the device what is in the page cache already ({})",
@@ -97,7 +109,7 @@ impl Case<'_> {
                         .to_owned(),
                 );
             }
-            Place::Unknown | Place::Device => self.supports_direct()?,
+            Place::Unknown | Place::Mixed | Place::Device => self.supports_direct()?,
         }
         let read = self.workload.read_bytes;
         if read < tuning::DIRECT_MIN_READ_BYTES {

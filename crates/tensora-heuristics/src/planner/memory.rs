@@ -140,11 +140,29 @@ impl Case<'_> {
                  process hangs or is killed"
                     .to_owned(),
             ),
+            Place::Mixed if self.maps_partly_resident() => Ok(format!(
+                "{} Mappings are allowed, so that part is used where it is; the rest is too little \
+                 for direct reads to make up for copying it.",
+                self.whereabouts()
+            )),
+            Place::Mixed => Err(format!(
+                "{} % of the files is in the page cache, and mapping pays from {} % on: the rest is \
+                 read more slowly through a mapping ({})",
+                self.resident_percent().unwrap_or(0),
+                tuning::MAP_RESIDENT_PERCENT,
+                evidence::COLD_MAPPING
+            )),
             Place::Unknown | Place::Device => Err(format!(
                 "mapping pays for files that are in memory; cold, it is slower than reading ({})",
                 evidence::COLD_MAPPING
             )),
         }
+    }
+
+    /// Whether so much is in the page cache that mapping pays although some is not.
+    fn maps_partly_resident(&self) -> bool {
+        self.resident_percent()
+            .is_some_and(|percent| percent >= tuning::MAP_RESIDENT_PERCENT)
     }
 
     /// Whether the files come from a server, resident or not.

@@ -2,6 +2,7 @@ mod backend;
 mod direct;
 mod memory;
 mod params;
+mod resident;
 
 use std::fmt;
 
@@ -63,13 +64,15 @@ pub fn plan(workload: &Workload, platform: &Platform, policy: &Policy) -> Result
 
     let (memory, memory_decision) = case.memory()?;
     if memory == MemoryKind::Owned {
-        case.leave_crowded_cache();
+        case.crowded = case.is_crowded();
     }
     let (backend, backend_decision) = case.backend(memory)?;
     let (direct, direct_decision) = case.direct(backend, memory);
-    let (params, param_decisions) = case.params(backend, direct);
+    let (resident, resident_decision) = case.resident(backend, direct);
+    let (params, param_decisions) = case.params(backend, direct, resident);
 
     let mut decisions = vec![memory_decision, backend_decision, direct_decision];
+    decisions.extend(resident_decision);
     decisions.extend(param_decisions);
     Ok(Plan {
         backend,
@@ -136,9 +139,7 @@ fn check_wishes(policy: &Policy) -> Result<()> {
 
 /// Where the bytes are, as far as it changes how to read them. These facts stand above the regime table.
 ///
-/// Below [`tuning::RESIDENT_PERCENT`] the part that is in the page cache changes nothing yet: deciding
-/// per file would need residency per file among the facts. For a selection the share of whole files
-/// stands for that of its extents, for the same reason.
+/// For a selection the share of whole files that is in the page cache stands for that of its extents.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Place {
     /// Nobody looked.
@@ -147,6 +148,8 @@ enum Place {
     Memory,
     /// In the page cache, as good as completely, and reads may take them from there.
     PageCache,
+    /// Partly in the page cache: chunks that are there are copied while the others are read.
+    Mixed,
     /// Behind a server, over a network or in user space.
     Server,
     /// On a device, or on something that has to be taken for one.
@@ -169,6 +172,7 @@ impl Place {
             FileSystemClass::Memory => Self::Memory,
             _ if is_resident(storage) && !bypassed => Self::PageCache,
             FileSystemClass::Network | FileSystemClass::Fuse => Self::Server,
+            _ if is_partly_resident(storage) && !bypassed => Self::Mixed,
             FileSystemClass::Local | FileSystemClass::Overlay | FileSystemClass::Unknown => {
                 Self::Device
             }
@@ -185,6 +189,10 @@ pub(crate) fn resident_percent(storage: &StorageFacts) -> Option<u64> {
 
 fn is_resident(storage: &StorageFacts) -> bool {
     resident_percent(storage).is_some_and(|percent| percent >= tuning::RESIDENT_PERCENT)
+}
+
+fn is_partly_resident(storage: &StorageFacts) -> bool {
+    resident_percent(storage).is_some_and(|percent| percent >= tuning::PARTLY_RESIDENT_PERCENT)
 }
 
 /// One thing that stands in the way of a choice.
@@ -209,7 +217,7 @@ struct Case<'a> {
     platform: &'a Platform,
     policy: &'a Policy,
     place: Place,
-    /// The files are in the page cache, but not for long: see [`Case::leave_crowded_cache`].
+    /// What is in the page cache and owned tensors do not fit into memory together.
     crowded: bool,
 }
 
@@ -277,28 +285,6 @@ impl Case<'_> {
         count(self.workload.files.into(), self.workload.layout.file_term())
     }
 
-    /// Goes to the device for owned tensors that do not fit into memory together with the cached files:
-    /// filling the destination would make the kernel drop pages that have not been copied yet, and
-    /// buffered reads would fetch them again, slowly.
-    fn leave_crowded_cache(&mut self) {
-        let resident_bytes = match &self.platform.storage {
-            Some(storage) if storage.direct.is_supported() => storage.resident_bytes.unwrap_or(0),
-            _ => return,
-        };
-        let Some((usable_bytes, _)) = self.platform.memory.usable_bytes() else {
-            return;
-        };
-        // What can be used includes the cached files: dropping them makes room.
-        let both = self
-            .workload
-            .destination_bytes
-            .saturating_add(resident_bytes);
-        if self.place == Place::PageCache && both > usable_bytes && !self.is_served() {
-            self.place = Place::Device;
-            self.crowded = true;
-        }
-    }
-
     /// A sentence about where the bytes are.
     fn whereabouts(&self) -> String {
         let Some(storage) = &self.platform.storage else {
@@ -306,25 +292,40 @@ impl Case<'_> {
         };
         let file_system = &storage.file_system;
         if self.crowded {
-            return "The files are in the page cache, but they and the tensors do not fit into memory \
-                    together: what is not copied yet would be dropped from it."
-                .to_owned();
+            return format!(
+                "{} That and the tensors do not fit into memory together.",
+                self.residency()
+            );
         }
         match self.place {
             Place::Memory => format!("The files live in memory ({file_system})."),
             Place::Server => {
                 format!("The files are behind a server ({file_system}).")
             }
-            _ => match resident_percent(storage) {
-                Some(0) => "The files are not in the page cache.".to_owned(),
-                Some(100) => "The files are in the page cache.".to_owned(),
-                Some(percent) => format!("{percent} % of the files is in the page cache."),
-                None => {
-                    "Whether the files are in the page cache is not known, so they count as cold."
-                        .to_owned()
-                }
-            },
+            Place::Unknown | Place::PageCache | Place::Mixed | Place::Device => self.residency(),
         }
+    }
+
+    /// A sentence about how much of the files is in the page cache.
+    fn residency(&self) -> String {
+        match self.resident_percent() {
+            Some(0) => "The files are not in the page cache.".to_owned(),
+            Some(100) => "The files are in the page cache.".to_owned(),
+            Some(percent) => format!("{percent} % of the files is in the page cache."),
+            None => "Whether the files are in the page cache is not known, so they count as cold."
+                .to_owned(),
+        }
+    }
+
+    /// See [`resident_percent`]; `None` also when the storage was not probed.
+    fn resident_percent(&self) -> Option<u64> {
+        resident_percent(self.platform.storage.as_ref()?)
+    }
+
+    /// Whether copying what is in the page cache takes longer than reading the rest.
+    fn is_mostly_resident(&self) -> bool {
+        self.resident_percent()
+            .is_some_and(|percent| percent >= tuning::MOSTLY_RESIDENT_PERCENT)
     }
 }
 

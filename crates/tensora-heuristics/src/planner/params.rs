@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use tensora_io::{BackendKind, DirectPolicy, DirectSupport, TransferParams};
+use tensora_io::{BackendKind, DirectPolicy, DirectSupport, ResidentPolicy, TransferParams};
 
 use super::{Case, Place, decided};
 use crate::tuning;
@@ -14,7 +14,8 @@ use crate::{Decision, Rejection};
 enum Shape {
     /// Few long reads from a server.
     Server { rings: bool },
-    /// Direct reads on threads or tasks.
+    /// Direct reads on threads or tasks, also where they copy what is in the page cache meanwhile: too many
+    /// threads for a copy cost little, too few for the device cost its speed.
     Device,
     /// Direct or buffered reads on rings.
     Rings,
@@ -36,6 +37,7 @@ impl Case<'_> {
         &self,
         backend: BackendKind,
         direct: DirectPolicy,
+        resident: ResidentPolicy,
     ) -> (TransferParams, [Decision; 3]) {
         let shape = self.shape(backend, direct);
         let (chunk_bytes, chunk) = self.chunk_bytes(shape);
@@ -46,23 +48,20 @@ impl Case<'_> {
             queue_depth,
             workers,
             direct,
-            resident: tensora_io::ResidentPolicy::Reread,
+            resident,
         };
         (params, [chunk, worker, depth])
     }
 
     fn shape(&self, backend: BackendKind, direct: DirectPolicy) -> Shape {
         let rings = backend == BackendKind::IoUring;
-        let reads_direct = match direct {
-            DirectPolicy::Never => false,
-            DirectPolicy::Preferred => self.supports_direct().is_ok(),
-            DirectPolicy::Required => true,
-        };
+        // Where everything is in the page cache, direct reads are only for what is dropped from it.
+        let reads_device = self.reads_direct(direct) && self.place != Place::PageCache;
         match backend {
             _ if self.place == Place::Server => Shape::Server { rings },
             BackendKind::Mmap => Shape::Map,
             BackendKind::IoUring => Shape::Rings,
-            BackendKind::Sync | BackendKind::Async if reads_direct => Shape::Device,
+            BackendKind::Sync | BackendKind::Async if reads_device => Shape::Device,
             BackendKind::Sync | BackendKind::Async => Shape::Copy,
         }
     }
