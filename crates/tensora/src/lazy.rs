@@ -203,6 +203,7 @@ impl LazyCheckpoint {
         let mut platform = Platform::probe();
         let files: Vec<_> = task.files.iter().map(|(_, file, _)| *file).collect();
         platform.storage = (!files.is_empty()).then(|| StorageFacts::probe(&files));
+        platform.profile = self.loader.profiles.find(&platform);
         let plan = tensora_heuristics::plan(&task.workload, &platform, &self.loader.policy)?;
         tracing::debug!(backend = %plan.backend, memory = %plan.memory, params = ?plan.params, "planned");
         Ok(plan)

@@ -27,7 +27,7 @@ mod tensor;
 pub use checkpoint::Checkpoint;
 pub use error::{Error, Result};
 pub use lazy::LazyCheckpoint;
-pub use loader::{LoadProgress, Loader};
+pub use loader::{LoadProgress, Loader, ProfileChoice};
 pub use report::LoadReport;
 pub use tensor::Tensor;
 

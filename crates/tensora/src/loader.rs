@@ -8,7 +8,9 @@ use tensora_heuristics::MappingConsent;
 use tensora_heuristics::{BackendChoice, DirectChoice, MemoryChoice, Plan, Policy};
 #[cfg(feature = "mmap")]
 use tensora_io::MappingPermit;
-use tensora_io::{BackendKind, CancelToken, Control, DirectPolicy, offload};
+use tensora_io::{
+    BackendKind, CancelToken, Control, DirectPolicy, Platform, ProfileFact, ProfileStore, offload,
+};
 
 use crate::selection::Selection;
 use crate::{Checkpoint, LazyCheckpoint, Result};
@@ -21,6 +23,33 @@ pub struct LoadProgress {
     pub done_bytes: u64,
     /// Bytes that will arrive in all.
     pub total_bytes: u64,
+}
+
+/// Where profiles of measured reads are looked for, which the planner prefers to its constants.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ProfileChoice {
+    /// In the store of this user ([`ProfileStore::user`]), where `tensora calibrate` keeps them.
+    #[default]
+    User,
+    /// In this store.
+    Store(ProfileStore),
+    /// Nowhere: the planner has its constants.
+    Ignore,
+}
+
+impl ProfileChoice {
+    /// What is known of the place of a platform whose storage was probed. A store that does not exist
+    /// knows nothing.
+    pub(crate) fn find(&self, platform: &Platform) -> ProfileFact {
+        match self {
+            Self::User => {
+                ProfileStore::user().map_or(ProfileFact::Absent, |store| store.find(platform))
+            }
+            Self::Store(store) => store.find(platform),
+            Self::Ignore => ProfileFact::NotSought,
+        }
+    }
 }
 
 type ProgressFn = dyn Fn(LoadProgress) + Send + Sync;
@@ -42,6 +71,7 @@ pub struct Loader {
     pub(crate) policy: Policy,
     pub(crate) selection: Selection,
     pub(crate) open_options: OpenOptions,
+    pub(crate) profiles: ProfileChoice,
     #[cfg(feature = "mmap")]
     pub(crate) permit: Option<MappingPermit>,
     cancel: CancelToken,
@@ -156,6 +186,16 @@ impl Loader {
         self
     }
 
+    /// Where a profile of the checkpoint's device and file system is looked for. By default, in the store of
+    /// this user: one file is read below `$XDG_CACHE_HOME` or `$HOME/.cache`, in well under a millisecond.
+    /// A profile that is missing, damaged or of another machine never fails a load; the plan says why
+    /// it was ignored.
+    #[must_use]
+    pub fn profiles(mut self, choice: ProfileChoice) -> Self {
+        self.profiles = choice;
+        self
+    }
+
     /// Calls `progress` as bytes arrive, from several threads at once.
     #[must_use]
     pub fn on_progress(mut self, progress: impl Fn(LoadProgress) + Send + Sync + 'static) -> Self {
@@ -239,6 +279,7 @@ impl std::fmt::Debug for Loader {
             .field("policy", &self.policy)
             .field("selection", &self.selection)
             .field("open_options", &self.open_options)
+            .field("profiles", &self.profiles)
             .finish_non_exhaustive()
     }
 }
