@@ -41,6 +41,23 @@ pub enum Error {
         /// What may help.
         remedy: &'static str,
     },
+    /// So little says nothing about a device.
+    #[error(
+        "the files have {bytes} bytes, and calibration needs {needed_bytes} to say anything about the device; \
+         calibrate with a larger checkpoint at the same place"
+    )]
+    SampleTooSmall {
+        /// Bytes of all files together.
+        bytes: u64,
+        /// What is needed at least.
+        needed_bytes: u64,
+    },
+    /// No way of reading could be timed.
+    #[error("nothing could be measured: {reasons}")]
+    NothingMeasured {
+        /// Why each one failed.
+        reasons: String,
+    },
     /// A chart cannot be drawn.
     #[error("cannot draw the chart {title:?}: {reason}")]
     Plot {

@@ -1,7 +1,7 @@
 //! The state of the page cache, made and verified.
 
 use std::fs::File;
-use std::io::Read;
+use std::io::{Read, Seek, SeekFrom};
 use std::ops::Range;
 use std::path::Path;
 
@@ -79,7 +79,8 @@ fn warm_range(file: &SourceFile, state: CacheState) -> Range<u64> {
     0..end
 }
 
-fn evict(file: &SourceFile, range: &Range<u64>) -> Result<()> {
+/// Evicts the whole file unless no more of `range` is resident than is tolerated.
+pub(crate) fn evict(file: &SourceFile, range: &Range<u64>) -> Result<()> {
     let tolerated = (range.end - range.start) / TOLERATED_COLD;
     for attempt in 0..TRIES {
         if resident(file, range.clone())? <= tolerated {
@@ -103,13 +104,17 @@ fn evict(file: &SourceFile, range: &Range<u64>) -> Result<()> {
     })
 }
 
-fn read(file: &SourceFile, range: &Range<u64>) -> Result<()> {
+/// Brings `range` into the page cache.
+pub(crate) fn read(file: &SourceFile, range: &Range<u64>) -> Result<()> {
     if range.is_empty() || resident(file, range.clone())? == range.end - range.start {
         return Ok(());
     }
     let mut reader = File::open(file.path())
-        .map_err(|source| failed("open", file.path(), source))?
-        .take(range.end);
+        .and_then(|mut opened| {
+            opened.seek(SeekFrom::Start(range.start))?;
+            Ok(opened.take(range.end - range.start))
+        })
+        .map_err(|source| failed("open", file.path(), source))?;
     let mut buffer = vec![0; READ_BYTES];
     loop {
         match reader.read(&mut buffer) {
@@ -130,7 +135,7 @@ fn share(files: &[SourceFile]) -> Result<f64> {
     Ok(resident_bytes as f64 / file_bytes.max(1) as f64)
 }
 
-fn resident(file: &SourceFile, range: Range<u64>) -> Result<u64> {
+pub(crate) fn resident(file: &SourceFile, range: Range<u64>) -> Result<u64> {
     file.resident_bytes(range)
         .ok_or_else(|| Error::ResidencyUnknown {
             path: file.path().to_owned(),
