@@ -1,6 +1,6 @@
 use std::fmt;
 
-use tensora_io::BackendKind;
+use tensora_io::{BackendKind, DirectPolicy};
 
 use crate::Rejection;
 use crate::units::Bytes;
@@ -83,6 +83,49 @@ pub enum PlanError {
          use the policy `preferred` to fall back to buffered reads"
     )]
     DirectUnsupported {
+        /// File system type.
+        file_system: String,
+        /// Why not, from the storage facts.
+        reason: String,
+    },
+
+    /// The files shall stay in the page cache, and direct reads, which leave nothing there, were asked for.
+    #[error(
+        "the page cache shall keep the files, but direct I/O is {direct}, which leaves nothing in it; \
+         leave the cache or direct I/O to auto"
+    )]
+    KeepWithDirect {
+        /// The policy that was asked for.
+        direct: DirectPolicy,
+    },
+
+    /// The page cache is to be bypassed, and buffered reads were asked for.
+    #[error(
+        "the page cache is to be bypassed, but direct I/O is never to be used, and buffered reads fill \
+         it; leave the cache or direct I/O to auto"
+    )]
+    BypassWithBuffered,
+
+    /// The page cache is to be bypassed, and mapped memory, which is the page cache, was asked for.
+    #[error(
+        "the page cache is to be bypassed, but mapped memory was asked for, which is the page cache \
+         itself; ask for owned memory, or leave the cache to auto"
+    )]
+    BypassWithMapped,
+
+    /// The page cache is to be bypassed, and the mmap backend was named.
+    #[error(
+        "the page cache is to be bypassed, but the mmap backend reads through it; name another backend, \
+         or leave the cache to auto"
+    )]
+    BypassWithMmap,
+
+    /// The page cache is to be bypassed, and the storage cannot do without it.
+    #[error(
+        "the page cache is to be bypassed, but these files on {file_system} do not support direct I/O: \
+         {reason}; leave the cache to auto"
+    )]
+    BypassUnsupported {
         /// File system type.
         file_system: String,
         /// Why not, from the storage facts.

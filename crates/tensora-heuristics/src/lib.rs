@@ -21,7 +21,8 @@ pub use error::{MemoryBound, PlanError, Result};
 pub use plan::{Decision, Plan, Rejection};
 pub use planner::plan;
 pub use policy::{
-    BackendChoice, DirectChoice, MappingConsent, MemoryChoice, ParseChoiceError, Policy,
+    BackendChoice, CacheChoice, DirectChoice, MappingConsent, MemoryChoice, ParseChoiceError,
+    Policy,
 };
 pub use tensora_io::MemoryKind;
 pub use workload::{AccessPattern, StorageLayout, Workload};

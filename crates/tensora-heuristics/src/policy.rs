@@ -32,6 +32,8 @@ pub struct Policy {
     pub mapping: MappingConsent,
     /// Whether reads bypass the page cache.
     pub direct: DirectChoice,
+    /// What the load leaves in the page cache.
+    pub cache: CacheChoice,
     /// Largest single read, in bytes, instead of the planner's; limits as in
     /// [`TransferParams::chunk_bytes`](tensora_io::TransferParams::chunk_bytes).
     pub chunk_bytes: Option<u64>,
@@ -182,6 +184,59 @@ impl FromStr for DirectChoice {
     }
 }
 
+/// What a load leaves in the page cache. As text, `auto`, `keep` or `bypass`.
+///
+/// It is about what the load adds. What is there already is used in any case, and what cannot stay there
+/// beside the tensors may be dropped, except with [`Keep`](Self::Keep).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
+pub enum CacheChoice {
+    /// Whatever is fastest for this load; the next one does not count.
+    #[default]
+    Auto,
+    /// The files, for the next load: reads go through the page cache, or map it where that is allowed. Cold,
+    /// that takes longer than direct reads.
+    Keep,
+    /// Nothing: files are read directly, and where the storage does not support that there is no plan. Files
+    /// that live in memory have no copy in the page cache to begin with.
+    Bypass,
+}
+
+impl CacheChoice {
+    /// All of them, in the order in which they are listed to a user.
+    pub const ALL: [Self; 3] = [Self::Auto, Self::Keep, Self::Bypass];
+
+    /// The name in commands, JSON and messages.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Auto => AUTO,
+            Self::Keep => "keep",
+            Self::Bypass => "bypass",
+        }
+    }
+}
+
+impl fmt::Display for CacheChoice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.as_str())
+    }
+}
+
+impl FromStr for CacheChoice {
+    type Err = ParseChoiceError;
+
+    fn from_str(name: &str) -> Result<Self, Self::Err> {
+        Self::ALL
+            .into_iter()
+            .find(|choice| choice.as_str() == name)
+            .ok_or_else(|| ParseChoiceError {
+                choice: "cache policy",
+                name: name.to_owned(),
+                names: "auto, keep, bypass",
+            })
+    }
+}
+
 /// A name that a choice does not have.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("unknown {choice} {name:?}: use one of {names}")]
@@ -210,4 +265,4 @@ macro_rules! as_text {
     )+};
 }
 
-as_text!(BackendChoice, MemoryChoice, DirectChoice);
+as_text!(BackendChoice, MemoryChoice, DirectChoice, CacheChoice);

@@ -4,10 +4,10 @@ mod common;
 
 use common::{GIB, five_shards, on_tmpfs, one_shard, platform, stored, without};
 use tensora_heuristics::{
-    BackendChoice, DirectChoice, MappingConsent, MemoryBound, MemoryChoice, PlanError, Policy,
-    Workload, plan,
+    BackendChoice, CacheChoice, DirectChoice, MappingConsent, MemoryBound, MemoryChoice, PlanError,
+    Policy, Workload, plan,
 };
-use tensora_io::{BackendKind, DirectPolicy, DirectSupport, Platform};
+use tensora_io::{BackendKind, DirectPolicy, DirectSupport, FileSystemClass, Platform};
 
 #[track_caller]
 fn refused(
@@ -200,6 +200,98 @@ fn direct_where_storage_cannot() {
 }
 
 #[test]
+fn wishes_about_the_page_cache_that_contradict_others() {
+    refused(
+        &one_shard(),
+        &platform(2),
+        |policy| {
+            required(policy);
+            policy.cache = CacheChoice::Keep;
+        },
+        "the page cache shall keep the files, but direct I/O is required, which leaves nothing in \
+         it; leave the cache or direct I/O to auto",
+    );
+    refused(
+        &one_shard(),
+        &platform(2),
+        |policy| {
+            policy.direct = DirectChoice::Policy(DirectPolicy::Preferred);
+            policy.cache = CacheChoice::Keep;
+        },
+        "the page cache shall keep the files, but direct I/O is preferred, which leaves nothing in \
+         it; leave the cache or direct I/O to auto",
+    );
+    refused(
+        &one_shard(),
+        &platform(2),
+        |policy| {
+            policy.direct = DirectChoice::Policy(DirectPolicy::Never);
+            policy.cache = CacheChoice::Bypass;
+        },
+        "the page cache is to be bypassed, but direct I/O is never to be used, and buffered reads \
+         fill it; leave the cache or direct I/O to auto",
+    );
+    refused(
+        &one_shard(),
+        &platform(2),
+        |policy| {
+            policy.memory = MemoryChoice::Mapped;
+            policy.mapping = MappingConsent::Granted;
+            policy.cache = CacheChoice::Bypass;
+        },
+        "the page cache is to be bypassed, but mapped memory was asked for, which is the page cache \
+         itself; ask for owned memory, or leave the cache to auto",
+    );
+    refused(
+        &one_shard(),
+        &platform(2),
+        |policy| {
+            policy.backend = BackendChoice::Named(BackendKind::Mmap);
+            policy.cache = CacheChoice::Bypass;
+        },
+        "the page cache is to be bypassed, but the mmap backend reads through it; name another \
+         backend, or leave the cache to auto",
+    );
+}
+
+#[test]
+fn a_page_cache_that_cannot_be_bypassed() {
+    let mut platform = stored(|storage| {
+        storage.direct = DirectSupport::Unsupported {
+            reason: "open with O_DIRECT: EINVAL".to_owned(),
+        };
+    });
+    let bypass = |policy: &mut Policy| policy.cache = CacheChoice::Bypass;
+    refused(
+        &one_shard(),
+        &platform,
+        bypass,
+        "the page cache is to be bypassed, but these files on ext4 do not support direct I/O: open \
+         with O_DIRECT: EINVAL; leave the cache to auto",
+    );
+    // In memory there is nothing to bypass.
+    if let Some(storage) = &mut platform.storage {
+        storage.class = FileSystemClass::Memory;
+    }
+    let mut policy = Policy::default();
+    bypass(&mut policy);
+    assert!(plan(&one_shard(), &platform, &policy).is_ok());
+    // And where only mmap runs, there is no way around the page cache.
+    refused(
+        &one_shard(),
+        &without(
+            common::platform(2),
+            &[BackendKind::Sync, BackendKind::Async, BackendKind::IoUring],
+        ),
+        bypass,
+        "no backend can run this load; remove one of these obstacles: sync: it cannot run here: sync \
+         is blocked (unblock sync); async: it cannot run here: async is blocked (unblock async); \
+         io-uring: it cannot run here: io-uring is blocked (unblock io-uring); mmap: it reads through \
+         the page cache, which is to be bypassed (leave the cache to auto)",
+    );
+}
+
+#[test]
 fn parameters_outside_their_limits() {
     refused(
         &one_shard(),
@@ -323,6 +415,10 @@ fn names_that_no_choice_has() {
     assert_eq!(
         error_of::<MemoryChoice>("mmap"),
         r#"unknown memory "mmap": use one of auto, owned, mapped"#
+    );
+    assert_eq!(
+        error_of::<CacheChoice>("warm"),
+        r#"unknown cache policy "warm": use one of auto, keep, bypass"#
     );
     assert_eq!(
         error_of::<DirectChoice>("always"),

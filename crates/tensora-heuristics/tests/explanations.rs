@@ -379,6 +379,7 @@ fn as_json() {
           "platform": "as given",
           "policy": {
             "backend": "auto",
+            "cache": "auto",
             "chunk_bytes": null,
             "direct": "auto",
             "mapping": "denied",
@@ -469,15 +470,15 @@ fn crowded() {
                          leaves 24 GiB.
                          Not mapped: the caller has not taken on the contract of mappings.
 
-            backend      sync. The files are in the page cache. That and the tensors do not fit into memory
-                         together. What is left to do is a copy, and threads spread it over the CPUs.
+            backend      sync. The files are in the page cache. What is left to do is a copy, and threads spread
+                         it over the CPUs.
                          Not async: it makes the same reads as sync, each handed to Tokio's blocking pool first.
                          Not io-uring: there is no device to keep busy, or hardly, only a copy to spread over
                          the CPUs.
                          Not mmap: for owned memory it adds a mapping to the same copy.
 
-            direct       preferred. The files are in the page cache. That and the tensors do not fit into memory
-                         together. The storage supports direct I/O, and direct reads saturate the device.
+            direct       preferred. What the kernel drops from the page cache before it is copied is read from
+                         the device, at full speed.
                          Not buffered: reading through the page cache costs a second copy and reaches a part of
                          the device's speed only.
 

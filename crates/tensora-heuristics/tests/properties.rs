@@ -8,8 +8,8 @@ use proptest::{option, sample};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 use tensora_heuristics::{
-    AccessPattern, BackendChoice, DirectChoice, MappingConsent, MemoryChoice, MemoryKind, Plan,
-    PlanError, Policy, StorageLayout, Workload, plan,
+    AccessPattern, BackendChoice, CacheChoice, DirectChoice, MappingConsent, MemoryChoice,
+    MemoryKind, Plan, PlanError, Policy, StorageLayout, Workload, plan,
 };
 use tensora_io::{
     Availability, BackendKind, DirectPolicy, DirectSupport, FileSystemClass, Platform,
@@ -131,18 +131,36 @@ fn policy() -> impl Strategy<Value = Policy> {
             DirectChoice::Policy(DirectPolicy::Preferred),
             DirectChoice::Policy(DirectPolicy::Required),
         ]),
+        sample::select(vec![
+            CacheChoice::Auto,
+            CacheChoice::Auto,
+            CacheChoice::Auto,
+            CacheChoice::Keep,
+            CacheChoice::Bypass,
+        ]),
         option::weighted(0.2, 4000_u64..(3 << 29)),
         option::weighted(0.2, 0_u32..1100),
         option::weighted(0.2, 0_u32..300),
         option::weighted(0.2, size()),
     )
         .prop_map(
-            |(backend, memory, mapping, direct, chunk_bytes, queue_depth, workers, limit)| {
+            |(
+                backend,
+                memory,
+                mapping,
+                direct,
+                cache,
+                chunk_bytes,
+                queue_depth,
+                workers,
+                limit,
+            )| {
                 let mut policy = Policy::default();
                 policy.backend = backend;
                 policy.memory = memory;
                 policy.mapping = mapping;
                 policy.direct = direct;
+                policy.cache = cache;
                 policy.chunk_bytes = chunk_bytes;
                 policy.queue_depth = queue_depth;
                 policy.workers = workers;
@@ -204,6 +222,8 @@ fn check(plan: &Plan) -> Result<(), TestCaseError> {
         .storage
         .as_ref()
         .is_some_and(|storage| storage.direct.is_supported());
+    // Nobody knows whether direct reads work, and nothing else will do.
+    let has_to_work = policy.cache == CacheChoice::Bypass && platform.storage.is_none();
     match policy.direct {
         DirectChoice::Policy(DirectPolicy::Required) => {
             prop_assert_eq!(params.direct, DirectPolicy::Required);
@@ -214,7 +234,10 @@ fn check(plan: &Plan) -> Result<(), TestCaseError> {
             prop_assert_eq!(params.direct, DirectPolicy::Never);
         }
         DirectChoice::Policy(DirectPolicy::Preferred) => {
-            prop_assert_ne!(params.direct, DirectPolicy::Required);
+            prop_assert!(params.direct != DirectPolicy::Required || has_to_work);
+        }
+        DirectChoice::Auto if has_to_work => {
+            prop_assert_eq!(params.direct, DirectPolicy::Required);
         }
         DirectChoice::Auto if params.direct != DirectPolicy::Never => {
             prop_assert_eq!(params.direct, DirectPolicy::Preferred);
@@ -224,6 +247,20 @@ fn check(plan: &Plan) -> Result<(), TestCaseError> {
     }
     if *backend == BackendKind::Mmap {
         prop_assert_eq!(params.direct, DirectPolicy::Never);
+    }
+
+    let in_memory = platform
+        .storage
+        .as_ref()
+        .is_some_and(|storage| storage.class == FileSystemClass::Memory);
+    match policy.cache {
+        CacheChoice::Auto => {}
+        CacheChoice::Keep => {
+            prop_assert_eq!(params.direct, DirectPolicy::Never);
+            let drops = matches!(params.resident, ResidentPolicy::CopyAndDrop { .. });
+            prop_assert!(!drops);
+        }
+        CacheChoice::Bypass => prop_assert!(plan.reads_direct() || in_memory),
     }
 
     // What is in the page cache is left alone unless direct reads were left to the planner, and dropped
@@ -314,6 +351,9 @@ fn check_refusal(
 ) -> Result<(), TestCaseError> {
     let available = |kind| platform.availability(kind) == Some(&Availability::Available);
     let required = policy.direct == DirectChoice::Policy(DirectPolicy::Required);
+    let bypass = policy.cache == CacheChoice::Bypass;
+    // Nothing that goes through the page cache will do.
+    let around = required || bypass;
     match error {
         PlanError::BackendUnavailable { backend, .. } | PlanError::BackendLeftOut { backend } => {
             prop_assert!(!available(*backend));
@@ -328,7 +368,7 @@ fn check_refusal(
             prop_assert!(
                 !BackendKind::ALL
                     .into_iter()
-                    .any(|kind| available(kind) && !(required && kind == BackendKind::Mmap))
+                    .any(|kind| available(kind) && !(around && kind == BackendKind::Mmap))
             );
         }
         PlanError::MappedWithoutConsent | PlanError::MappedWithBackend { .. } => {
@@ -337,6 +377,14 @@ fn check_refusal(
         PlanError::DirectWithMapped
         | PlanError::DirectWithMmap
         | PlanError::DirectUnsupported { .. } => prop_assert!(required),
+        PlanError::KeepWithDirect { direct } => {
+            prop_assert_eq!(policy.cache, CacheChoice::Keep);
+            prop_assert_eq!(policy.direct, DirectChoice::Policy(*direct));
+        }
+        PlanError::BypassWithBuffered
+        | PlanError::BypassWithMapped
+        | PlanError::BypassWithMmap
+        | PlanError::BypassUnsupported { .. } => prop_assert!(bypass),
         PlanError::ParameterOutOfRange {
             value, min, max, ..
         } => prop_assert!(!(min..=max).contains(&value)),
@@ -352,7 +400,7 @@ fn check_refusal(
                     policy.backend,
                     BackendChoice::Auto | BackendChoice::Named(BackendKind::Mmap)
                 )
-                && !required
+                && !around
                 && available(BackendKind::Mmap);
             prop_assert!(!mappable);
         }

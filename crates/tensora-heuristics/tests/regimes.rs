@@ -8,8 +8,8 @@ use common::{
 };
 use tensora_heuristics::StorageLayout::{SafeTensors, ServerlessLlm};
 use tensora_heuristics::{
-    BackendChoice, DirectChoice, MappingConsent, MemoryChoice, MemoryKind, Plan, Policy, Workload,
-    plan,
+    BackendChoice, CacheChoice, DirectChoice, MappingConsent, MemoryChoice, MemoryKind, Plan,
+    Policy, Workload, plan,
 };
 use tensora_io::BackendKind::{Async, IoUring, Mmap, Sync};
 use tensora_io::{
@@ -598,4 +598,112 @@ fn nothing_is_dropped_from_a_file_system_in_memory() {
     }
     let plan = auto(&five_shards(), &platform);
     assert_eq!(plan.params.resident, ResidentPolicy::Copy);
+}
+
+#[test]
+fn keeping_reads_through_the_page_cache_or_maps_it() {
+    let keep = |policy: &mut Policy| policy.cache = CacheChoice::Keep;
+    for per_mille in [0, 500, 1000] {
+        for workload in [one_shard(), five_shards()] {
+            let mut roomy = resident(per_mille);
+            roomy.memory.available_bytes = Some(64 * GIB);
+            let read = with(&workload, &roomy, keep);
+            assert_eq!(read.memory, MemoryKind::Owned);
+            assert_eq!(read.params.direct, DirectPolicy::Never);
+            assert_eq!(read.params.resident, ResidentPolicy::Copy);
+            assert!(!says_what_leaves(&read));
+            let mapped = with(&workload, &roomy, |policy| {
+                keep(policy);
+                consent(policy);
+            });
+            assert_eq!(mapped.memory, MemoryKind::Mapped);
+        }
+    }
+    let cold = with(&five_shards(), &platform(2), keep);
+    assert!(rejection(&cold, "direct", "preferred").contains("leaves nothing in the page cache"));
+    // A server's files are not mapped for it.
+    let served = with(&one_shard(), &on_nfs(), |policy| {
+        keep(policy);
+        consent(policy);
+    });
+    assert_eq!(served.memory, MemoryKind::Owned);
+}
+
+/// Whether the plan warns that the files will not stay in the page cache.
+fn says_what_leaves(plan: &Plan) -> bool {
+    plan.decisions
+        .iter()
+        .any(|decision| decision.reason.contains("Not all of them will stay there"))
+}
+
+#[test]
+fn keeping_says_what_will_not_stay() {
+    let keep = |policy: &mut Policy| policy.cache = CacheChoice::Keep;
+    let plan = with(&five_shards(), &platform(2), keep);
+    assert!(says_what_leaves(&plan), "{plan}");
+    // What a crowded cache holds is not dropped on purpose.
+    let crowded = with(
+        &five_shards(),
+        &cached(five_shards().read_bytes, 24 * GIB),
+        keep,
+    );
+    assert_eq!(crowded.params.direct, DirectPolicy::Never);
+    assert_eq!(crowded.params.resident, ResidentPolicy::Copy);
+    assert!(rejection(&crowded, "resident", "copy-and-drop").contains("shall stay"));
+    // Mapped, tensors and files are the same memory.
+    let mapped = with(&five_shards(), &platform(2), |policy| {
+        keep(policy);
+        consent(policy);
+    });
+    assert!(!says_what_leaves(&mapped));
+    let mut small = platform(2);
+    small.memory.available_bytes = Some(8 * GIB);
+    let mapped = with(&five_shards(), &small, |policy| {
+        keep(policy);
+        consent(policy);
+    });
+    assert!(says_what_leaves(&mapped));
+}
+
+#[test]
+fn bypassing_reads_directly_and_copies_what_is_there() {
+    let bypass = |policy: &mut Policy| policy.cache = CacheChoice::Bypass;
+    for (per_mille, resident_policy) in [
+        (0, ResidentPolicy::Reread),
+        (500, ResidentPolicy::Copy),
+        (1000, ResidentPolicy::Copy),
+    ] {
+        let plan = with(&one_shard(), &resident(per_mille), |policy| {
+            bypass(policy);
+            consent(policy);
+        });
+        assert_eq!(plan.memory, MemoryKind::Owned);
+        assert_eq!(plan.params.direct, DirectPolicy::Preferred);
+        assert_eq!(plan.params.resident, resident_policy);
+        assert!(rejection(&plan, "memory", "mapped").contains("is to be bypassed"));
+    }
+    // Also where it does not pay.
+    let tiny = with(&whole(SafeTensors, 1, MIB), &platform(2), bypass);
+    assert_eq!(tiny.params.direct, DirectPolicy::Preferred);
+    let mut served = on_nfs();
+    served.storage = served.storage.map(|mut storage| {
+        storage.class = FileSystemClass::Fuse;
+        storage
+    });
+    assert!(with(&one_shard(), &served, bypass).reads_direct());
+    // Where nobody looked, it has to work or fail.
+    let mut unknown = platform(2);
+    unknown.storage = None;
+    assert_eq!(
+        with(&one_shard(), &unknown, bypass).params.direct,
+        DirectPolicy::Required
+    );
+    // Files in memory have no second copy to bypass.
+    let copied = with(&one_shard(), &on_tmpfs(), bypass);
+    assert_eq!(copied.params.direct, DirectPolicy::Never);
+    let mapped = with(&one_shard(), &on_tmpfs(), |policy| {
+        bypass(policy);
+        consent(policy);
+    });
+    assert_eq!(mapped.memory, MemoryKind::Mapped);
 }

@@ -5,7 +5,7 @@ use tensora_io::{BackendKind, DirectPolicy, DirectSupport};
 use super::{Case, Place, decided};
 use crate::tuning::{self, evidence};
 use crate::units::Bytes;
-use crate::{Decision, DirectChoice, MemoryKind, Rejection};
+use crate::{CacheChoice, Decision, DirectChoice, MemoryKind, Rejection};
 
 impl Case<'_> {
     /// The policy and why.
@@ -30,7 +30,16 @@ impl Case<'_> {
                 )],
                 _ => Vec::new(),
             };
-            return decided(DirectPolicy::Never, reason.to_owned(), rejected);
+            let reason = format!("{reason}{}", self.kept(memory));
+            return decided(DirectPolicy::Never, reason, rejected);
+        }
+        // Where nobody looked, only the backend can tell that direct reads do not work, and it has to.
+        if self.bypasses_cache() && self.place == Place::Unknown {
+            let reason =
+                "The page cache is to be left as it is, and whether the storage supports direct \
+                          I/O is not known: it has to."
+                    .to_owned();
+            return decided(DirectPolicy::Required, reason, Vec::new());
         }
         if let DirectChoice::Policy(policy) = self.policy.direct {
             let mut reason = "It was asked for.".to_owned();
@@ -44,6 +53,32 @@ impl Case<'_> {
                 reason.push_str(&format!(" {against}."));
             }
             return decided(policy, reason, Vec::new());
+        }
+        if self.policy.cache == CacheChoice::Keep && self.place != Place::Memory {
+            let reason = format!(
+                "The files shall be in the page cache afterwards, so reads go through it.{}",
+                self.kept(memory)
+            );
+            let rejected = match self.direct_pays() {
+                Ok(_) => vec![Rejection::new(
+                    preferred,
+                    format!(
+                        "it leaves nothing in the page cache; it is what this load would be fastest \
+                         with ({})",
+                        evidence::KEEPING
+                    ),
+                )],
+                Err(_) => Vec::new(),
+            };
+            return decided(DirectPolicy::Never, reason, rejected);
+        }
+        if self.bypasses_cache() {
+            let reason = "The page cache is to be left as it is.".to_owned();
+            let rejected = vec![Rejection::new(
+                DirectPolicy::Never,
+                "what is read through the page cache stays in it",
+            )];
+            return decided(preferred, reason, rejected);
         }
         match self.direct_pays() {
             Ok(reason) => decided(
@@ -61,6 +96,30 @@ impl Case<'_> {
                 vec![Rejection::new(preferred, against)],
             ),
         }
+    }
+
+    /// What becomes of the wish to keep the files in the page cache, as a further sentence.
+    fn kept(&self, memory: MemoryKind) -> String {
+        let (CacheChoice::Keep, Some((usable_bytes, _))) =
+            (self.policy.cache, self.platform.memory.usable_bytes())
+        else {
+            return String::new();
+        };
+        let (beside, needed_bytes) = match memory {
+            MemoryKind::Mapped => ("they take", self.workload.read_bytes),
+            MemoryKind::Owned => (
+                "with the tensors they take",
+                self.needed_bytes().saturating_add(self.workload.read_bytes),
+            ),
+        };
+        if self.place == Place::Memory || needed_bytes <= usable_bytes {
+            return String::new();
+        }
+        format!(
+            " Not all of them will stay there: {beside} {}, and only {} is left.",
+            Bytes(needed_bytes),
+            Bytes(usable_bytes)
+        )
     }
 
     /// Whether direct reads are known to work, and why not.
@@ -127,6 +186,13 @@ impl Case<'_> {
                 Bytes(mean),
                 Bytes(tuning::DIRECT_MIN_MEAN_REQUEST_BYTES)
             ));
+        }
+        if self.crowded && self.place == Place::PageCache {
+            return Ok(
+                "What the kernel drops from the page cache before it is copied is read from the device, \
+                 at full speed."
+                    .to_owned(),
+            );
         }
         Ok(format!(
             "{} The storage supports direct I/O, and direct reads saturate the device.",

@@ -6,8 +6,8 @@ use super::{Case, Obstacle, Place, decided};
 use crate::tuning::{self, evidence};
 use crate::units::Bytes;
 use crate::{
-    BackendChoice, Decision, DirectChoice, MappingConsent, MemoryBound, MemoryChoice, MemoryKind,
-    PlanError, Rejection, Result,
+    BackendChoice, CacheChoice, Decision, DirectChoice, MappingConsent, MemoryBound, MemoryChoice,
+    MemoryKind, PlanError, Rejection, Result,
 };
 
 /// Owned tensors do not fit.
@@ -41,7 +41,12 @@ impl Case<'_> {
         };
         match (pays, self.shortage()) {
             (Ok(reason), _) => {
-                let against = format!("it would copy what can be used in place ({})", evidence::WARM);
+                let against = match self.place {
+                    Place::Memory | Place::PageCache => {
+                        format!("it would copy what can be used in place ({})", evidence::WARM)
+                    }
+                    _ => "it would copy what can be used in place".to_owned(),
+                };
                 Ok(mapped(reason, vec![Rejection::new(MemoryKind::Owned, against)]))
             }
             (Err(_), None) if self.policy.memory == MemoryChoice::Owned => {
@@ -140,6 +145,13 @@ impl Case<'_> {
                  process hangs or is killed"
                     .to_owned(),
             ),
+            Place::Mixed | Place::Device if self.policy.cache == CacheChoice::Keep => {
+                Ok(format!(
+                    "The files shall be in the page cache afterwards, and of what brings them there \
+                     populating a mapping is the fastest ({}).",
+                    evidence::KEEPING
+                ))
+            }
             Place::Mixed if self.maps_partly_resident() => Ok(format!(
                 "{} Mappings are allowed, so that part is used where it is; the rest is too little \
                  for direct reads to make up for copying it.",
@@ -176,7 +188,7 @@ impl Case<'_> {
     }
 
     /// What owned tensors and the reads under way take, in bytes.
-    fn needed_bytes(&self) -> u64 {
+    pub(super) fn needed_bytes(&self) -> u64 {
         // Scratch never exceeds what is read.
         let overhead = tuning::OVERHEAD_BYTES.min(self.workload.read_bytes);
         self.workload.destination_bytes.saturating_add(overhead)

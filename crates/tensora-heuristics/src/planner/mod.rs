@@ -14,8 +14,8 @@ use tensora_io::{
 use crate::tuning;
 use crate::units::count;
 use crate::{
-    BackendChoice, Decision, DirectChoice, MappingConsent, MemoryChoice, MemoryKind, Plan,
-    PlanError, Policy, Rejection, Result, Workload,
+    BackendChoice, CacheChoice, Decision, DirectChoice, MappingConsent, MemoryChoice, MemoryKind,
+    Plan, PlanError, Policy, Rejection, Result, Workload,
 };
 
 /// Decides how to read `workload` on `platform` as `policy` wishes.
@@ -134,6 +134,23 @@ fn check_wishes(policy: &Policy) -> Result<()> {
     if policy.backend == BackendChoice::Named(BackendKind::Mmap) && policy.direct.is_required() {
         return Err(PlanError::DirectWithMmap);
     }
+    match (policy.cache, policy.direct) {
+        (CacheChoice::Keep, DirectChoice::Policy(direct)) if direct != DirectPolicy::Never => {
+            return Err(PlanError::KeepWithDirect { direct });
+        }
+        (CacheChoice::Bypass, DirectChoice::Policy(DirectPolicy::Never)) => {
+            return Err(PlanError::BypassWithBuffered);
+        }
+        _ => {}
+    }
+    if policy.cache == CacheChoice::Bypass {
+        if policy.memory == MemoryChoice::Mapped {
+            return Err(PlanError::BypassWithMapped);
+        }
+        if policy.backend == BackendChoice::Named(BackendKind::Mmap) {
+            return Err(PlanError::BypassWithMmap);
+        }
+    }
     Ok(())
 }
 
@@ -245,14 +262,21 @@ impl Case<'_> {
             }
         }
         // Storage that nobody probed may support it: then the backend finds out.
-        if self.policy.direct.is_required()
-            && let Some(storage) = &self.platform.storage
+        if let Some(storage) = &self.platform.storage
             && let DirectSupport::Unsupported { reason } = &storage.direct
         {
-            return Err(PlanError::DirectUnsupported {
-                file_system: storage.file_system.clone(),
-                reason: reason.clone(),
-            });
+            if self.policy.direct.is_required() {
+                return Err(PlanError::DirectUnsupported {
+                    file_system: storage.file_system.clone(),
+                    reason: reason.clone(),
+                });
+            }
+            if self.bypasses_cache() {
+                return Err(PlanError::BypassUnsupported {
+                    file_system: storage.file_system.clone(),
+                    reason: reason.clone(),
+                });
+            }
         }
         Ok(())
     }
@@ -276,8 +300,19 @@ impl Case<'_> {
                     "drop that requirement",
                 ))
             }
+            Some(Availability::Available) if kind == BackendKind::Mmap && self.bypasses_cache() => {
+                Some(Obstacle::new(
+                    "it reads through the page cache, which is to be bypassed",
+                    "leave the cache to auto",
+                ))
+            }
             Some(Availability::Available) => None,
         }
+    }
+
+    /// Whether reads have to leave the page cache as it is. Files that live in memory have no copy there.
+    fn bypasses_cache(&self) -> bool {
+        self.policy.cache == CacheChoice::Bypass && self.place != Place::Memory
     }
 
     /// `5 shards`, `1 partition`.
@@ -291,12 +326,6 @@ impl Case<'_> {
             return "Where the files are is not known.".to_owned();
         };
         let file_system = &storage.file_system;
-        if self.crowded {
-            return format!(
-                "{} That and the tensors do not fit into memory together.",
-                self.residency()
-            );
-        }
         match self.place {
             Place::Memory => format!("The files live in memory ({file_system})."),
             Place::Server => {

@@ -6,7 +6,7 @@ use super::{Case, decided, is_partly_resident};
 use crate::plan::resident_name;
 use crate::tuning;
 use crate::units::Bytes;
-use crate::{Decision, DirectChoice, Rejection};
+use crate::{CacheChoice, Decision, DirectChoice, Rejection};
 
 impl Case<'_> {
     /// The policy and why. A mapping is the page cache, so there is nothing to decide for it.
@@ -25,7 +25,7 @@ impl Case<'_> {
         };
         let rejected = against
             .into_iter()
-            .map(|(policy, reason)| Rejection::new(resident_name(policy), reason))
+            .map(|(choice, reason)| Rejection::new(choice, reason))
             .collect();
         let (_, decision) = decided("resident", resident_name(policy), reason, rejected);
         (policy, Some(decision))
@@ -34,7 +34,7 @@ impl Case<'_> {
     fn resident_beside_direct_reads(&self) -> Answer {
         use ResidentPolicy::{Copy, CopyAndDrop, Reread};
 
-        let copying = |why: &str| Some((Copy, why.to_owned()));
+        let copying = |why: &str| Some(("copy", why.to_owned()));
         let storage = self.platform.storage.as_ref();
         let partly = storage.is_some_and(is_partly_resident);
         if let DirectChoice::Policy(policy) = self.policy.direct {
@@ -60,22 +60,23 @@ impl Case<'_> {
         let speed = "the device would deliver again, more slowly, what is in memory already";
         if let Some(limit_bytes) = self.drop_limit_bytes(true) {
             let reason = format!(
-                "{} Each chunk that is there is copied and then dropped, {} in all, so that filling \
-                 the destination does not make the kernel drop chunks that are not copied yet.",
-                self.whereabouts(),
+                "{} That and the tensors do not fit into memory together. Each chunk that is there is \
+                 copied and then dropped, {} in all, so that filling the destination does not make the \
+                 kernel drop chunks that are not copied yet.",
+                self.residency(),
                 Bytes(limit_bytes)
             );
             return (
                 CopyAndDrop { limit_bytes },
                 reason,
-                Some((Reread, speed.to_owned())),
+                Some(("reread", speed.to_owned())),
             );
         }
         let reason = format!(
             "{} Those chunks are copied at the speed of memory while the others are read directly.",
-            self.whereabouts()
+            self.residency()
         );
-        (Copy, reason, Some((Reread, speed.to_owned())))
+        (Copy, reason, Some(("reread", speed.to_owned())))
     }
 
     fn resident_in_buffered_reads(&self) -> Answer {
@@ -83,15 +84,21 @@ impl Case<'_> {
 
         if let Some(limit_bytes) = self.drop_limit_bytes(false) {
             let reason = format!(
-                "{} What has been read is dropped behind, {} in all, so that filling the destination \
-                 does not make the kernel drop what is not read yet.",
-                self.whereabouts(),
+                "{} That and the tensors do not fit into memory together. What has been read is dropped \
+                 behind, {} in all, so that filling the destination does not make the kernel drop what \
+                 is not read yet.",
+                self.residency(),
                 Bytes(limit_bytes)
             );
             return (CopyAndDrop { limit_bytes }, reason, None);
         }
         let reason = "Buffered reads take from the page cache what is in it.".to_owned();
-        (Copy, reason, None)
+        let against = (self.crowded && self.policy.cache == CacheChoice::Keep).then(|| {
+            let reason = "the files shall stay in the page cache, although they and the tensors do not \
+                          fit into memory together";
+            ("copy-and-drop", reason.to_owned())
+        });
+        (Copy, reason, against)
     }
 
     /// Whether what is in the page cache and owned tensors do not fit into memory together. What can be
@@ -116,7 +123,7 @@ impl Case<'_> {
     /// How much to drop from a crowded page cache, in bytes; `None` where there is room. Buffered reads
     /// add to it what they read.
     fn drop_limit_bytes(&self, reads_direct: bool) -> Option<u64> {
-        if !self.crowded {
+        if !self.crowded || self.policy.cache == CacheChoice::Keep {
             return None;
         }
         let (usable_bytes, _) = self.platform.memory.usable_bytes()?;
@@ -139,4 +146,4 @@ impl Case<'_> {
 }
 
 /// A policy, why, and what was rejected for which reason.
-type Answer = (ResidentPolicy, String, Option<(ResidentPolicy, String)>);
+type Answer = (ResidentPolicy, String, Option<(&'static str, String)>);
