@@ -1,6 +1,7 @@
 //! JSON as written: entries with their raw text, so that a message can quote what stands in the file
 //! and a repeated key is seen.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::marker::PhantomData;
 use std::path::Path;
@@ -11,7 +12,11 @@ use serde_json::value::RawValue;
 use crate::{DuplicateNames, Error, Result};
 
 /// The entries of an object in the order of the text, repeated keys included.
-pub(crate) struct Object<'a>(pub(crate) Vec<(String, &'a RawValue)>);
+pub(crate) struct Object<'a>(pub(crate) Vec<(Cow<'a, str>, &'a RawValue)>);
+
+/// A string that is a part of the text unless it has escapes.
+#[derive(serde::Deserialize)]
+struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
 
 impl<'de: 'a, 'a> Deserialize<'de> for Object<'a> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -26,8 +31,8 @@ impl<'de: 'a, 'a> Deserialize<'de> for Object<'a> {
 
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
                 let mut entries = Vec::new();
-                while let Some(entry) = map.next_entry()? {
-                    entries.push(entry);
+                while let Some((Text(key), value)) = map.next_entry()? {
+                    entries.push((key, value));
                 }
                 Ok(Object(entries))
             }
@@ -224,7 +229,7 @@ pub(crate) fn object<'a>(
     text: &'a str,
     fragment: &'a str,
     what: &str,
-) -> Result<Vec<(String, &'a RawValue)>> {
+) -> Result<Vec<(Cow<'a, str>, &'a RawValue)>> {
     match serde_json::from_str::<Object<'a>>(fragment) {
         Ok(Object(entries)) => Ok(entries),
         Err(parse_error) => Err(match serde_json::from_str::<&RawValue>(fragment) {
@@ -248,7 +253,7 @@ pub(crate) fn string(path: &Path, text: &str, value: &RawValue) -> Result<String
 /// Sorts entries by tensor name and sees to it that no name is there twice.
 pub(crate) fn sort_unique<T>(
     path: &Path,
-    entries: &mut Vec<(String, T)>,
+    entries: &mut Vec<(Cow<'_, str>, T)>,
     duplicate_names: DuplicateNames,
 ) -> Result<()> {
     // Stable, so that of equal names the last in the text comes last.
@@ -267,7 +272,7 @@ pub(crate) fn sort_unique<T>(
         None => Ok(()),
         Some(tensor) => Err(Error::DuplicateTensor {
             path: path.to_owned(),
-            tensor: tensor.clone(),
+            tensor: tensor.clone().into_owned(),
         }),
     }
 }

@@ -1,12 +1,14 @@
 //! SafeTensors checkpoints: one file, an index with its shards, or a directory without an index.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 
+use super::index::{self, Listing};
 use super::{
-    FILE_SUFFIX, HEADER_LIMIT_BYTES, LENGTH_BYTES, SafetensorsHeader, SafetensorsIndex,
-    parse_safetensors_header, parse_safetensors_index, safetensors_header_bytes,
+    FILE_SUFFIX, HEADER_LIMIT_BYTES, LENGTH_BYTES, SafetensorsHeader, parse_safetensors_header,
+    safetensors_header_bytes,
 };
 use crate::file::{self, RegularFile};
 use crate::{
@@ -81,7 +83,9 @@ impl Files {
     }
 
     fn finish(self, root: &Path, mut tensors: Vec<TensorEntry>) -> CheckpointIndex {
-        tensors.sort_unstable_by(|left, right| left.name.cmp(&right.name));
+        // Merges runs in linear time, and shards consist of few. Stable, so that of equal names the one
+        // in the first file comes first.
+        tensors.sort_by(|left, right| left.name.cmp(&right.name));
         CheckpointIndex {
             format: Format::Safetensors,
             root: root.to_owned(),
@@ -124,7 +128,7 @@ pub(crate) fn open_indexed(
 ) -> Result<CheckpointIndex> {
     let path = &root.join(index_name);
     let content = file::read_index(path, HEADER_LIMIT_BYTES)?;
-    let index = parse_safetensors_index(path, &content, tolerance.duplicate_names)?;
+    let index = index::parse(path, &content, tolerance.duplicate_names)?;
 
     let left_alone: Vec<String> = data_files(&file::list(root)?)
         .map(file::shown)
@@ -154,15 +158,11 @@ pub(crate) fn open_indexed(
     }
 
     let mut files = Files::new();
-    let mut stored = Vec::with_capacity(index.tensors.len());
+    let mut listed = Listed::new(&index);
     for name in &index.files {
-        stored.append(&mut files.read(
-            root.join(name),
-            name.as_ref(),
-            tolerance.duplicate_names,
-        )?);
+        listed.add(files.read(root.join(name), name.as_ref(), tolerance.duplicate_names)?);
     }
-    let (tensors, unlisted) = listed(path, &index, stored)?;
+    let (tensors, unlisted) = listed.finish(path)?;
     if !unlisted.is_empty() {
         match tolerance.unlisted_tensors {
             UnlistedTensors::Reject => {
@@ -197,7 +197,7 @@ pub(crate) fn open_indexed(
 ///
 /// A file itself may be a link, because Hugging Face caches consist of them: whoever wrote the
 /// directory chose its target. A linked directory would let the index choose any file below it.
-fn refuse_files_outside(root: &Path, path: &Path, index: &SafetensorsIndex) -> Result<()> {
+fn refuse_files_outside(root: &Path, path: &Path, index: &Listing<'_>) -> Result<()> {
     let mut canonical_root = None;
     let mut checked = BTreeSet::new();
     for (file, name) in index.files.iter().enumerate() {
@@ -219,7 +219,7 @@ fn refuse_files_outside(root: &Path, path: &Path, index: &SafetensorsIndex) -> R
         let tensor = index.tensors.iter().find(|(_, holder)| *holder == file);
         return Err(Error::UnsafeFileName {
             path: path.to_owned(),
-            tensor: tensor.map(|(name, _)| name.clone()).unwrap_or_default(),
+            tensor: tensor.map(|(name, _)| name.to_string()).unwrap_or_default(),
             name: name.clone(),
             reason: "leads out of the index's directory through a symbolic link",
         });
@@ -227,58 +227,99 @@ fn refuse_files_outside(root: &Path, path: &Path, index: &SafetensorsIndex) -> R
     Ok(())
 }
 
-/// Divides the tensors that the shards hold into those that the index lists and the names of the
-/// rest, and makes sure that each listed tensor is in its shard and in no other.
-fn listed(
-    path: &Path,
-    index: &SafetensorsIndex,
-    stored: Vec<TensorEntry>,
-) -> Result<(Vec<TensorEntry>, Vec<String>)> {
-    let mut tensors = Vec::with_capacity(index.tensors.len());
-    let mut unlisted = Vec::new();
-    // By position in `index.tensors`: whether the tensor was met where it belongs, and where else.
-    let mut found = vec![false; index.tensors.len()];
-    let mut elsewhere: HashMap<usize, usize> = HashMap::new();
-    for tensor in stored {
-        let position = index
-            .tensors
-            .binary_search_by(|(name, _)| name.cmp(&tensor.name));
-        match position {
-            Err(_) => unlisted.push(tensor.name),
-            Ok(position) if index.tensors[position].1 == tensor.file => {
-                found[position] = true;
-                tensors.push(tensor);
-            }
-            Ok(position) => {
-                elsewhere.entry(position).or_insert(tensor.file);
+/// Divides the tensors that the shards hold into those that the index lists and the rest.
+struct Listed<'a> {
+    index: &'a Listing<'a>,
+    /// By position in the index, and so sorted by name: the tensor, once met where it belongs.
+    tensors: Vec<Option<TensorEntry>>,
+    /// By position in the index: where else the tensor was met first.
+    elsewhere: HashMap<usize, usize>,
+    unlisted: Vec<String>,
+    /// The position after that of the tensor met last.
+    next: usize,
+}
+
+impl<'a> Listed<'a> {
+    fn new(index: &'a Listing<'a>) -> Self {
+        let mut tensors = Vec::new();
+        tensors.resize_with(index.tensors.len(), || None);
+        Self {
+            index,
+            tensors,
+            elsewhere: HashMap::new(),
+            unlisted: Vec::new(),
+            next: 0,
+        }
+    }
+
+    /// Adds the tensors that a shard holds.
+    fn add(&mut self, stored: Vec<TensorEntry>) {
+        let listed = &self.index.tensors;
+        for tensor in stored {
+            let Some(position) = position_from(listed, self.next, &tensor.name) else {
+                self.unlisted.push(tensor.name);
+                continue;
+            };
+            self.next = position + 1;
+            if listed[position].1 == tensor.file {
+                self.tensors[position] = Some(tensor);
+            } else {
+                self.elsewhere.entry(position).or_insert(tensor.file);
             }
         }
     }
 
-    let mut absent = (0..found.len()).filter(|&position| !found[position]);
-    if let Some(position) = absent.next() {
-        let (tensor, file) = &index.tensors[position];
-        return Err(Error::TensorNotInShard {
-            path: path.to_owned(),
-            tensor: tensor.clone(),
-            shard: index.files[*file].clone(),
-            found_in: elsewhere
-                .get(&position)
-                .map(|&file| index.files[file].clone()),
-            others: absent.count(),
-        });
+    /// Makes sure that each listed tensor was in its shard and in no other; returns the tensors, sorted by
+    /// name, and the names of those that are not listed.
+    fn finish(self, path: &Path) -> Result<(Vec<TensorEntry>, Vec<String>)> {
+        let index = self.index;
+        let is_absent = |&position: &usize| self.tensors[position].is_none();
+        let mut absent = (0..self.tensors.len()).filter(is_absent);
+        if let Some(position) = absent.next() {
+            let (tensor, file) = &index.tensors[position];
+            return Err(Error::TensorNotInShard {
+                path: path.to_owned(),
+                tensor: tensor.to_string(),
+                shard: index.files[*file].clone(),
+                found_in: self
+                    .elsewhere
+                    .get(&position)
+                    .map(|&file| index.files[file].clone()),
+                others: absent.count(),
+            });
+        }
+        // The smallest, so that the message is the same every time.
+        if let Some((&position, &second)) = self.elsewhere.iter().min() {
+            let (tensor, first) = &index.tensors[position];
+            return Err(Error::TensorInTwoShards {
+                path: path.to_owned(),
+                tensor: tensor.to_string(),
+                first: index.files[*first].clone(),
+                second: index.files[second].clone(),
+            });
+        }
+        Ok((self.tensors.into_iter().flatten().collect(), self.unlisted))
     }
-    // The smallest, so that the message is the same every time.
-    if let Some((&position, &second)) = elsewhere.iter().min() {
-        let (tensor, first) = &index.tensors[position];
-        return Err(Error::TensorInTwoShards {
-            path: path.to_owned(),
-            tensor: tensor.clone(),
-            first: index.files[*first].clone(),
-            second: index.files[second].clone(),
-        });
+}
+
+/// Where `name` is in a sorted list.
+///
+/// Finds it with few comparisons if it is soon after the position `next`: a shard is a few runs that are
+/// sorted like the list, one for each dtype.
+fn position_from<T>(listed: &[(Cow<'_, str>, T)], next: usize, name: &str) -> Option<usize> {
+    let compare = |entry: &(Cow<'_, str>, T)| entry.0.as_ref().cmp(name);
+    let (before, after) = listed.split_at_checked(next)?;
+    if after.first().is_none_or(|first| compare(first).is_gt()) {
+        return before.binary_search_by(compare).ok();
     }
-    Ok((tensors, unlisted))
+    let mut reach = 1;
+    while after.get(reach).is_some_and(|entry| compare(entry).is_le()) {
+        reach *= 2;
+    }
+    let begin = reach / 2;
+    let window = after.get(begin..reach.min(after.len()))?;
+    let found = window.binary_search_by(compare).ok()?;
+    Some(next + begin + found)
 }
 
 /// Opens all SafeTensors files of a directory that has no index.
@@ -301,18 +342,20 @@ pub(crate) fn open_unindexed(
     for name in &names {
         tensors.append(&mut files.read(root.join(name), name, tolerance.duplicate_names)?);
     }
-    let mut holders: HashMap<&str, usize> = HashMap::with_capacity(tensors.len());
-    for tensor in &tensors {
-        if let Some(first) = holders.insert(&tensor.name, tensor.file) {
+    let index = files.finish(root, tensors);
+    for pair in index.tensors.windows(2) {
+        if let [first, second] = pair
+            && first.name == second.name
+        {
             return Err(Error::TensorInTwoFiles {
                 path: root.to_owned(),
-                tensor: tensor.name.clone(),
-                first: file::shown(names[first]),
-                second: file::shown(names[tensor.file]),
+                tensor: first.name.clone(),
+                first: file::shown(names[first.file]),
+                second: file::shown(names[second.file]),
             });
         }
     }
-    Ok(files.finish(root, tensors))
+    Ok(index)
 }
 
 /// The data files among a directory's names.
@@ -367,6 +410,23 @@ mod tests {
 
     fn missing(names: &[&str]) -> Vec<String> {
         missing_by_number(names.iter().copied())
+    }
+
+    #[test]
+    fn a_name_is_found_from_every_position() {
+        for length in 0..40u64 {
+            // Every second name is absent.
+            let listed: Vec<(Cow<'_, str>, ())> = (0..length)
+                .map(|number| (format!("{:03}", 2 * number + 1).into(), ()))
+                .collect();
+            for sought in 0..=2 * length {
+                let name = format!("{sought:03}");
+                let expected = listed.iter().position(|(listed, ())| *listed == name);
+                for next in 0..=listed.len() {
+                    assert_eq!(position_from(&listed, next, &name), expected);
+                }
+            }
+        }
     }
 
     #[test]

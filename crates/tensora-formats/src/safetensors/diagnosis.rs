@@ -29,7 +29,7 @@ fn examine(path: &Path, text: &str) -> Result<()> {
         } else if metadata_seen {
             return Err(Error::DuplicateKey {
                 path: path.to_owned(),
-                key: name,
+                key: name.into_owned(),
             });
         } else {
             metadata_seen = true;

@@ -1,3 +1,4 @@
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::path::Path;
 
@@ -32,11 +33,33 @@ pub fn parse_safetensors_index(
     index: &[u8],
     duplicate_names: DuplicateNames,
 ) -> Result<SafetensorsIndex> {
+    let listing = parse(path, index, duplicate_names)?;
+    let owned = |(name, file): (Cow<'_, str>, usize)| (name.into_owned(), file);
+    Ok(SafetensorsIndex {
+        files: listing.files,
+        tensors: listing.tensors.into_iter().map(owned).collect(),
+        total_bytes: listing.total_bytes,
+    })
+}
+
+/// A [`SafetensorsIndex`] whose tensor names are parts of its text: opening a checkpoint needs each once,
+/// to compare it with the name that a shard holds.
+pub(super) struct Listing<'a> {
+    pub(super) files: Vec<String>,
+    pub(super) tensors: Vec<(Cow<'a, str>, usize)>,
+    pub(super) total_bytes: Option<u64>,
+}
+
+pub(super) fn parse<'a>(
+    path: &Path,
+    index: &'a [u8],
+    duplicate_names: DuplicateNames,
+) -> Result<Listing<'a>> {
     let text = json::text(path, "index", index)?;
     let mut weight_map = None;
     let mut metadata = None;
     for (key, value) in json::object(path, text, text, "the index")? {
-        let known = match key.as_str() {
+        let known = match key.as_ref() {
             "weight_map" => &mut weight_map,
             "metadata" => &mut metadata,
             _ => continue,
@@ -44,7 +67,7 @@ pub fn parse_safetensors_index(
         if known.replace(value).is_some() {
             return Err(Error::DuplicateKey {
                 path: path.to_owned(),
-                key,
+                key: key.into_owned(),
             });
         }
     }
@@ -56,7 +79,7 @@ pub fn parse_safetensors_index(
     };
 
     let (files, tensors) = parse_weight_map(path, text, weight_map, duplicate_names)?;
-    Ok(SafetensorsIndex {
+    Ok(Listing {
         files,
         tensors,
         total_bytes: match metadata {
@@ -66,19 +89,27 @@ pub fn parse_safetensors_index(
     })
 }
 
-type WeightMap = (Vec<String>, Vec<(String, usize)>);
+type WeightMap<'a> = (Vec<String>, Vec<(Cow<'a, str>, usize)>);
 
-fn parse_weight_map(
+fn parse_weight_map<'a>(
     path: &Path,
-    text: &str,
-    weight_map: &RawValue,
+    text: &'a str,
+    weight_map: &'a RawValue,
     duplicate_names: DuplicateNames,
-) -> Result<WeightMap> {
+) -> Result<WeightMap<'a>> {
     let entries = json::object(path, text, weight_map.get(), "weight_map")?;
     // A checkpoint has few files and many tensors: each file name is kept and checked once.
     let mut numbers: HashMap<String, usize> = HashMap::new();
     let mut tensors = Vec::with_capacity(entries.len());
+    // Neighbours are mostly in the same file, and then their text is the same.
+    let mut previous: Option<(&str, usize)> = None;
     for (tensor, value) in entries {
+        if let Some((text, number)) = previous
+            && text == value.get()
+        {
+            tensors.push((tensor, number));
+            continue;
+        }
         if json::kind(value) != "a string" {
             return Err(Error::UnexpectedValue {
                 path: path.to_owned(),
@@ -95,7 +126,7 @@ fn parse_weight_map(
                 if let Some(reason) = unsafe_reason(&name) {
                     return Err(Error::UnsafeFileName {
                         path: path.to_owned(),
-                        tensor,
+                        tensor: tensor.into_owned(),
                         name,
                         reason,
                     });
@@ -104,6 +135,7 @@ fn parse_weight_map(
                 next
             }
         };
+        previous = Some((value.get(), number));
         tensors.push((tensor, number));
     }
     json::sort_unique(path, &mut tensors, duplicate_names)?;

@@ -40,7 +40,7 @@ pub fn parse_serverlessllm_index(
 
     let mut entries = Vec::with_capacity(raw.len());
     for (name, value) in raw {
-        entries.push(Entry::parse(path, text, name, value)?);
+        entries.push(Entry::parse(path, text, name.into_owned(), value)?);
     }
     let format = dialect(path, &entries)?;
     let tensors = place(path, entries, partition_bytes)?;
