@@ -4,8 +4,8 @@
 //!
 //! - `threads`: positioned direct reads, 16 threads × 1 MiB, into huge pages that are kept;
 //! - `rings`: io_uring direct, 2 rings × depth 16 × 1 MiB, into huge pages that are kept;
-//! - `ceiling`: as `rings`, but into 32 small buffers that are used again and again: what the device
-//!   delivers when memory costs nothing.
+//! - `ceiling-threads`, `ceiling-rings`: the same, but into 16 and 32 small buffers that are used again and
+//!   again: what the device delivers when memory costs nothing.
 //!
 //! Prints one JSON object: `elapsed_seconds` (from the first open to the last byte), `data_bytes`,
 //! `peak_resident_bytes`.
@@ -45,7 +45,7 @@ mod linux {
 
     pub(super) fn main() {
         let mut arguments = std::env::args().skip(1);
-        let mode = arguments.next().expect("threads|rings|ceiling FILE...");
+        let mode = arguments.next().expect("MODE FILE...");
         let paths: Vec<_> = arguments.collect();
 
         let start = Instant::now();
@@ -67,7 +67,7 @@ mod linux {
         let mut regions: Vec<Region> = lengths
             .iter()
             .map(|len| match mode.as_str() {
-                "ceiling" => Region::allocate(0).unwrap(),
+                "ceiling-threads" | "ceiling-rings" => Region::allocate(0).unwrap(),
                 _ => Region::allocate(len.next_multiple_of(BLOCK_BYTES)).unwrap(),
             })
             .collect();
@@ -82,12 +82,12 @@ mod linux {
         jobs.reverse();
         let jobs = Mutex::new(jobs);
         std::thread::scope(|scope| match mode.as_str() {
-            "threads" => {
+            "threads" | "ceiling-threads" => {
                 for _ in 0..THREADS {
                     scope.spawn(|| read_with_thread(&files, &jobs));
                 }
             }
-            "rings" | "ceiling" => {
+            "rings" | "ceiling-rings" => {
                 for _ in 0..RINGS {
                     scope.spawn(|| read_with_ring(&files, &jobs));
                 }
@@ -103,12 +103,16 @@ mod linux {
     }
 
     fn read_with_thread(files: &[File], jobs: &Mutex<Vec<Job<'_>>>) {
+        let mut small = Region::allocate(CHUNK_BYTES).unwrap();
         loop {
             let Some((file, offset, ask, memory)) = jobs.lock().unwrap().pop() else {
                 return;
             };
             let read = files[file]
-                .read_at(&mut memory.unwrap()[..ask], offset)
+                .read_at(
+                    &mut memory.unwrap_or_else(|| small.as_mut_slice())[..ask],
+                    offset,
+                )
                 .unwrap();
             assert!(read + BLOCK_BYTES > ask, "a short read");
         }

@@ -1,0 +1,133 @@
+"""One timed load by a Python package, as a process of its own: what `cargo xtask bench --peers` runs.
+
+    python load.py PACKAGE FILE...    loads the files into CPU memory and prints one JSON object
+    python load.py versions           prints the version of each package, or why it cannot be used
+
+Neither the start of the interpreter nor imports are timed. As in every other case of the bench,
+`elapsed_seconds` ends when every tensor can be used, `touched_seconds` after each of their bytes was read once
+more, and `xor` is the exclusive or of all bytes.
+"""
+
+import importlib.metadata
+import json
+import os
+import resource
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+PIECE_BYTES = 4 << 20
+
+
+def safetensors():
+    from safetensors.torch import load_file
+
+    def load(paths):
+        tensors = []
+        for path in paths:
+            tensors.extend(load_file(path, device="cpu").values())
+        return tensors
+
+    return load
+
+
+def runai_model_streamer():
+    from runai_model_streamer import SafetensorsStreamer
+
+    def load(paths):
+        # The streamer's threads and buffers are the package's defaults; the tensors that it hands out
+        # are the caller's to keep.
+        with SafetensorsStreamer() as streamer:
+            streamer.stream_files(paths, device="cpu")
+            return [tensor for _, tensor in streamer.get_tensors()]
+
+    return load
+
+
+def fastsafetensors():
+    from fastsafetensors import SafeTensorsFileLoader, SingleGroup
+
+    def load(paths):
+        # Without GPUDirect Storage, which has no business in CPU memory. The buffer has to outlive the
+        # tensors, so it is kept until the process ends.
+        loader = SafeTensorsFileLoader(SingleGroup(), device="cpu", nogds=True)
+        loader.add_filenames({0: paths})
+        buffer = loader.copy_files_to_device()
+        load.kept = (loader, buffer)
+        return [buffer.get_tensor(name) for name in loader.get_keys()]
+
+    return load
+
+
+PACKAGES = {
+    "safetensors": safetensors,
+    "runai-model-streamer": runai_model_streamer,
+    "fastsafetensors": fastsafetensors,
+}
+
+
+def xor_of(tensors):
+    import numpy
+    import torch
+
+    pieces = []
+    for tensor in tensors:
+        flat = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+        pieces.extend(flat[at : at + PIECE_BYTES] for at in range(0, flat.size, PIECE_BYTES))
+
+    def fold(piece):
+        whole = piece.size // 8 * 8
+        words = numpy.bitwise_xor.reduce(piece[:whole].view(numpy.uint64)) if whole else 0
+        result = 0
+        for byte in int(words).to_bytes(8, "little") + piece[whole:].tobytes():
+            result ^= byte
+        return result
+
+    result = 0
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+        for folded in threads.map(fold, pieces):
+            result ^= folded
+    return result
+
+
+def main():
+    name, *paths = sys.argv[1:]
+    if name == "versions":
+        found = {}
+        for package, prepare in PACKAGES.items():
+            try:
+                prepare()
+                found[package] = {"version": importlib.metadata.version(package)}
+            except Exception as error:
+                found[package] = {"reason": f"{type(error).__name__}: {error}"}
+        print(json.dumps(found))
+        return
+
+    import numpy  # noqa: F401: imported before the time runs
+    import torch  # noqa: F401
+
+    load = PACKAGES[name]()
+    begun = time.perf_counter()
+    tensors = load(paths)
+    elapsed = time.perf_counter() - begun
+    xor = xor_of(tensors)
+    touched = time.perf_counter() - begun
+    print(
+        json.dumps(
+            {
+                "elapsed_seconds": elapsed,
+                "touched_seconds": touched,
+                "data_bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+                "peak_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+                "xor": xor,
+                "choice": None,
+            }
+        ),
+        flush=True,
+    )
+    # Nothing that packages do on their way out belongs to the measurement or may spoil it.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
