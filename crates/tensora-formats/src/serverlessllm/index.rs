@@ -1,10 +1,14 @@
+use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::fmt;
+use std::marker::PhantomData;
 use std::path::{Path, PathBuf};
 
+use serde::de::{Deserialize, Deserializer, Error as _, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 
 use super::{PADDING_LIMIT_BYTES, partition_name, short_name};
-use crate::json::{self, Array, Place};
+use crate::json::{self, Array, Place, Text};
 use crate::safetensors::data_bytes;
 use crate::{Dtype, DuplicateNames, Error, Format, Result, TensorEntry};
 
@@ -59,9 +63,56 @@ struct Entry {
 
 impl Entry {
     fn parse(path: &Path, text: &str, name: String, value: &RawValue) -> Result<Self> {
+        let Fields {
+            offset,
+            bytes,
+            shape,
+            strides,
+            dtype: dtype_name,
+            partition,
+        } = match serde_json::from_str(value.get()) {
+            Ok(fields) => fields,
+            // Something is wrong with it. Slower, field by field, it becomes known what.
+            Err(_) => Fields::examine(path, text, &name, value)?,
+        };
+        let Some(dtype) = parse_dtype(&dtype_name) else {
+            return Err(Error::UnknownDtype {
+                path: path.to_owned(),
+                tensor: name,
+                dtype: dtype_name.into_owned(),
+            });
+        };
+        let strides = resolve_strides(path, &name, dtype, &shape, strides, bytes)?;
+        Ok(Self {
+            tensor: TensorEntry {
+                name,
+                dtype,
+                shape,
+                file: 0,
+                offset,
+                bytes,
+                strides,
+            },
+            partition,
+        })
+    }
+}
+
+/// An entry as it is written.
+struct Fields<'a> {
+    offset: u64,
+    bytes: u64,
+    shape: Vec<u64>,
+    strides: Vec<u64>,
+    dtype: Cow<'a, str>,
+    partition: Option<u64>,
+}
+
+impl<'a> Fields<'a> {
+    fn examine(path: &Path, text: &str, tensor: &str, value: &'a RawValue) -> Result<Self> {
         let at = |field| Place {
             path,
-            tensor: &name,
+            tensor,
             field,
         };
         let Ok(fields) = serde_json::from_str::<Array<'_, 6>>(value.get()) else {
@@ -78,7 +129,7 @@ impl Entry {
                 _ => {
                     return Err(Error::FieldCount {
                         path: path.to_owned(),
-                        tensor: name.clone(),
+                        tensor: tensor.to_owned(),
                         count: fields.count,
                     });
                 }
@@ -90,31 +141,52 @@ impl Entry {
         if json::kind(dtype) != "a string" {
             return Err(at("dtype").wrong_type("a dtype's name", dtype));
         }
-        let dtype_name = json::string(path, text, dtype)?;
-        let Some(dtype) = parse_dtype(&dtype_name) else {
-            return Err(Error::UnknownDtype {
-                path: path.to_owned(),
-                tensor: name,
-                dtype: dtype_name,
-            });
-        };
+        let dtype = json::string(path, text, dtype)?;
         let partition = partition
             .map(|partition| at("partition").number(partition))
             .transpose()?;
-
-        let strides = resolve_strides(path, &name, dtype, &shape, strides, bytes)?;
         Ok(Self {
-            tensor: TensorEntry {
-                name,
-                dtype,
-                shape,
-                file: 0,
-                offset,
-                bytes,
-                strides,
-            },
+            offset,
+            bytes,
+            shape,
+            strides,
+            dtype: dtype.into(),
             partition,
         })
+    }
+}
+
+impl<'de: 'a, 'a> Deserialize<'de> for Fields<'a> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct FieldsVisitor<'a>(PhantomData<&'a ()>);
+
+        impl<'de: 'a, 'a> Visitor<'de> for FieldsVisitor<'a> {
+            type Value = Fields<'a>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an array of 5 or 6 fields")
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Self::Value, A::Error> {
+                fn next<'de, T: Deserialize<'de>, A: SeqAccess<'de>>(
+                    seq: &mut A,
+                ) -> Result<T, A::Error> {
+                    seq.next_element()?
+                        .ok_or_else(|| A::Error::custom("too few fields"))
+                }
+                // In the order of the text.
+                Ok(Fields {
+                    offset: next(&mut seq)?,
+                    bytes: next(&mut seq)?,
+                    shape: next(&mut seq)?,
+                    strides: next(&mut seq)?,
+                    dtype: next::<Text<'_>, _>(&mut seq)?.0,
+                    partition: seq.next_element()?,
+                })
+            }
+        }
+
+        deserializer.deserialize_seq(FieldsVisitor(PhantomData))
     }
 }
 
