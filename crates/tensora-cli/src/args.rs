@@ -7,7 +7,9 @@ use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{ArgAction, Args, Parser, Subcommand};
 use tensora::formats::{OpenOptions, UnlistedTensors};
 use tensora::io::TransferParams;
-use tensora::{BackendChoice, BackendKind, DirectChoice, Format, Loader, MemoryChoice};
+use tensora::{
+    BackendChoice, BackendKind, CacheChoice, DirectChoice, Format, Loader, MemoryChoice,
+};
 
 use crate::units::parse_size;
 
@@ -293,6 +295,14 @@ pub(crate) struct PolicyArgs {
     #[arg(long, value_name = "POLICY", default_value = "auto", value_parser = direct_parser())]
     pub(crate) direct: DirectChoice,
 
+    /// What the load leaves in the page cache
+    ///
+    /// keep: the files, for the next load; a cold load then takes longer, since reads go through the
+    /// cache. bypass: nothing; reads are direct, or the load fails. auto: whatever is fastest for this
+    /// load. What is in the page cache already is used in any case.
+    #[arg(long, value_name = "CACHE", default_value = "auto", value_parser = cache_parser())]
+    pub(crate) cache: CacheChoice,
+
     /// Largest single read, 4KiB to 1GiB, for example 1MiB [default: planned]
     #[arg(long, value_name = "SIZE", value_parser = parse_chunk_size)]
     pub(crate) chunk_bytes: Option<u64>,
@@ -316,7 +326,8 @@ impl PolicyArgs {
         loader = loader
             .backend_choice(self.backend)
             .memory(self.memory)
-            .direct_choice(self.direct);
+            .direct_choice(self.direct)
+            .cache(self.cache);
         if let Some(chunk_bytes) = self.chunk_bytes {
             loader = loader.chunk_bytes(chunk_bytes);
         }
@@ -362,6 +373,11 @@ fn memory_parser() -> impl TypedValueParser<Value = MemoryChoice> {
 fn direct_parser() -> impl TypedValueParser<Value = DirectChoice> {
     PossibleValuesParser::new(["auto", "never", "preferred", "required"])
         .try_map(|name| name.parse::<DirectChoice>())
+}
+
+fn cache_parser() -> impl TypedValueParser<Value = CacheChoice> {
+    PossibleValuesParser::new(CacheChoice::ALL.map(CacheChoice::as_str))
+        .try_map(|name| name.parse::<CacheChoice>())
 }
 
 fn parse_positive_size(text: &str) -> Result<NonZero<u64>, String> {

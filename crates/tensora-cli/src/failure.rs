@@ -149,6 +149,16 @@ fn plan_hint(error: &PlanError) -> Option<&'static str> {
             Some("`--direct required` goes with `--memory owned` and any backend but mmap")
         }
         PlanError::DirectUnsupported { .. } => Some("`--direct preferred` falls back"),
+        PlanError::KeepWithDirect { .. } => {
+            Some("`--cache keep` goes with `--direct auto` or `--direct never`")
+        }
+        PlanError::BypassWithBuffered => {
+            Some("`--cache bypass` goes with `--direct auto`, `preferred` or `required`")
+        }
+        PlanError::BypassWithMapped | PlanError::BypassWithMmap => {
+            Some("`--cache bypass` goes with `--memory owned` and any backend but mmap")
+        }
+        PlanError::BypassUnsupported { .. } => Some("`--cache auto` reads through the page cache"),
         PlanError::DoesNotFit { bound, .. } => Some(match bound {
             MemoryBound::Limit => {
                 "`--memory-limit SIZE` raises the limit, `--select GLOB` loads a part, and \

@@ -36,7 +36,9 @@ pub use tensora_convert as convert;
 pub use tensora_formats as formats;
 pub use tensora_formats::{CheckpointIndex, Dtype, Format};
 pub use tensora_heuristics as heuristics;
-pub use tensora_heuristics::{BackendChoice, DirectChoice, MemoryChoice, MemoryKind, Plan};
+pub use tensora_heuristics::{
+    BackendChoice, CacheChoice, DirectChoice, MemoryChoice, MemoryKind, Plan,
+};
 pub use tensora_io as io;
 #[cfg(feature = "mmap")]
 pub use tensora_io::MappingPermit;

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use tensora_formats::OpenOptions;
 #[cfg(feature = "mmap")]
 use tensora_heuristics::MappingConsent;
-use tensora_heuristics::{BackendChoice, DirectChoice, MemoryChoice, Plan, Policy};
+use tensora_heuristics::{BackendChoice, CacheChoice, DirectChoice, MemoryChoice, Plan, Policy};
 #[cfg(feature = "mmap")]
 use tensora_io::MappingPermit;
 use tensora_io::{
@@ -128,6 +128,14 @@ impl Loader {
     #[must_use]
     pub fn direct_choice(mut self, choice: DirectChoice) -> Self {
         self.policy.direct = choice;
+        self
+    }
+
+    /// What the load leaves in the page cache: the files, for the next load, at the price of a slower one now;
+    /// nothing; or whatever is fastest, which is the default.
+    #[must_use]
+    pub fn cache(mut self, choice: CacheChoice) -> Self {
+        self.policy.cache = choice;
         self
     }
 

@@ -50,6 +50,7 @@ fn wishes_reach_the_planner() {
         "--backend=sync",
         "--memory=owned",
         "--direct=never",
+        "--cache=keep",
         "--chunk-bytes=64KiB",
         "--workers=3",
         "--queue-depth=5",
@@ -64,6 +65,7 @@ fn wishes_reach_the_planner() {
     assert_eq!(plan["chunk_bytes"], 64 << 10);
     assert_eq!(plan["workers"], 3);
     let policy = &plan["policy"];
+    assert_eq!(policy["cache"], "keep");
     assert_eq!(policy["queue_depth"], 5);
     assert_eq!(policy["memory_limit_bytes"], 1 << 30);
     assert_eq!(plan["workload"]["tensors"], 3);

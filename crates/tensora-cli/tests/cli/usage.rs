@@ -31,6 +31,7 @@ fn slips_are_answered_with_a_suggestion() {
         (&["load", "x", "--memry", "owned"], "'--memory'"),
         (&["load", "x", "--backend", "io_uring"], "'io-uring'"),
         (&["load", "x", "--direct", "require"], "'required'"),
+        (&["load", "x", "--cache", "bypas"], "'bypass'"),
         (&["inspect", "x", "--format", "safetensor"], "'safetensors'"),
     ] {
         let error = run(arguments).failure(2);
@@ -164,6 +165,13 @@ fn contradictions_are_refused_with_a_way_out() {
         ),
         (&["--memory=mapped", "--direct=required"], "--memory owned"),
         (&["--memory=owned", "--memory-limit=1KiB"], "--select GLOB"),
+        (&["--cache=keep", "--direct=required"], "--direct auto"),
+        (&["--cache=bypass", "--direct=never"], "`required`"),
+        (&["--cache=bypass", "--memory=mapped"], "--memory owned"),
+        (
+            &["--cache=bypass", "--backend=mmap"],
+            "any backend but mmap",
+        ),
     ] {
         let options = options.iter().map(std::ffi::OsString::from);
         let error = run(args!["load", path].into_iter().chain(options)).failure(1);
