@@ -9,6 +9,7 @@ use tensora::formats::{OpenOptions, UnlistedTensors};
 use tensora::io::TransferParams;
 use tensora::{
     BackendChoice, BackendKind, CacheChoice, DirectChoice, Format, Loader, MemoryChoice,
+    ProfileChoice,
 };
 
 use crate::units::parse_size;
@@ -57,6 +58,7 @@ Examples:
   tensora load Qwen3-8B --digest          load it, and name its content
   tensora convert Qwen3-8B out --to serverlessllm-store
   tensora doctor Qwen3-8B                 what stands in the way of loading it fast
+  tensora calibrate Qwen3-8B              measure what is fastest here, for all loads to come
 
 Sizes are bytes, or numbers with a unit: 1MiB, 1.5GB. KiB, MiB, GiB and TiB, or bare K, M, G and T,
 count by 1024; KB, MB, GB and TB by 1000.
@@ -74,6 +76,7 @@ pub(crate) enum Command {
     Load(LoadArgs),
     Convert(ConvertArgs),
     Doctor(DoctorArgs),
+    Calibrate(CalibrateArgs),
 }
 
 #[derive(Debug, Args)]
@@ -210,6 +213,38 @@ pub(crate) struct DoctorArgs {
     pub(crate) open: OpenArgs,
 }
 
+/// Measure which ways of reading are fastest here, and keep that for all loads to come
+///
+/// Backends, chunks, queue depths and workers are tried on a part of the checkpoint's own files, cold
+/// and warm, as any user who owns them may. The best are kept as the profile of this device and file
+/// system, below $XDG_CACHE_HOME/tensora/profiles or ~/.cache/tensora/profiles. The planner prefers
+/// it to its constants until the kernel or the machine changes; `--no-profile` ignores it.
+///
+/// Nothing is written but the profile. Files of the sample are dropped from the page cache again and
+/// again, and mapped; nobody should truncate or rewrite them meanwhile (see `tensora load --help`).
+/// Calibrate while the machine is idle.
+#[derive(Debug, Args)]
+#[command(after_long_help = "\
+Examples:
+  tensora calibrate Qwen3-8B
+  tensora calibrate Qwen3-8B --budget 300
+  tensora calibrate Qwen3-8B --dry-run --json | jq '.plans'")]
+pub(crate) struct CalibrateArgs {
+    /// A checkpoint that is stored where the profile is to be about: a file or a directory
+    pub(crate) path: PathBuf,
+
+    #[command(flatten)]
+    pub(crate) open: OpenArgs,
+
+    /// About how long it may take, in seconds, 1 to 3600; more is more exact
+    #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = clap::value_parser!(u32).range(1..=3600), help_heading = "Strategy")]
+    pub(crate) budget: u32,
+
+    /// Measure and show, and keep no profile
+    #[arg(long, help_heading = "Strategy")]
+    pub(crate) dry_run: bool,
+}
+
 /// Which tensors of which checkpoint.
 #[derive(Debug, Args)]
 pub(crate) struct SourceArgs {
@@ -318,6 +353,10 @@ pub(crate) struct PolicyArgs {
     /// Refuse to own more memory than this, for example 8GiB [default: what the machine leaves]
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub(crate) memory_limit: Option<u64>,
+
+    /// Plan without what `tensora calibrate` has measured
+    #[arg(long)]
+    pub(crate) no_profile: bool,
 }
 
 impl PolicyArgs {
@@ -339,6 +378,9 @@ impl PolicyArgs {
         }
         if let Some(limit_bytes) = self.memory_limit {
             loader = loader.memory_limit_bytes(limit_bytes);
+        }
+        if self.no_profile {
+            loader = loader.profiles(ProfileChoice::Ignore);
         }
         crate::mapping::allow_mapping(loader, self.memory)
     }

@@ -1,4 +1,5 @@
-//! The `tensora` command: inspect, plan, load and convert checkpoints, and examine the machine.
+//! The `tensora` command: inspect, plan, load and convert checkpoints, and examine and measure
+//! the machine.
 //!
 //! Every subcommand computes a report and hands it to [`output::emit`], the only place that writes
 //! to standard output; whatever goes wrong ends in [`failure`], on standard error.
@@ -42,6 +43,7 @@ fn main() -> ExitCode {
         Command::Load(arguments) => commands::load(arguments, &console).map(done),
         Command::Convert(arguments) => commands::convert(arguments, &console).map(done),
         Command::Doctor(arguments) => commands::doctor(arguments, &console),
+        Command::Calibrate(arguments) => commands::calibrate(arguments, &console).map(done),
     };
     result.unwrap_or_else(|error| failure::report(&error))
 }

@@ -81,6 +81,51 @@ impl Drop for Progress {
     }
 }
 
+/// Shows on standard error what is being done, and which part of the time that it may take is over.
+pub(crate) struct Activity {
+    bar: ProgressBar,
+    enabled: bool,
+}
+
+impl Activity {
+    /// A bar that is never drawn unless `enabled`.
+    pub(crate) fn new(enabled: bool) -> Self {
+        let bar = ProgressBar::with_draw_target(Some(PER_MILLE), ProgressDrawTarget::hidden())
+            .with_style(activity_style());
+        Self { bar, enabled }
+    }
+
+    /// This is being done, after `elapsed` of about `budget`.
+    pub(crate) fn show(&self, what: String, elapsed: Duration, budget: Duration) {
+        if !self.enabled {
+            return;
+        }
+        let share = elapsed.as_secs_f64() / budget.as_secs_f64().max(f64::MIN_POSITIVE);
+        #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
+        self.bar.set_position(((share * 1e3) as u64).min(PER_MILLE));
+        self.bar.set_message(what);
+        if elapsed >= PATIENCE && self.bar.is_hidden() {
+            self.bar.set_draw_target(ProgressDrawTarget::stderr());
+        }
+    }
+}
+
+impl Drop for Activity {
+    /// An error must not be written behind a bar.
+    fn drop(&mut self) {
+        self.bar.finish_and_clear();
+    }
+}
+
+const PER_MILLE: u64 = 1000;
+const ACTIVITY_TEMPLATE: &str = "[{bar:30}] {elapsed}, {msg}";
+
+fn activity_style() -> ProgressStyle {
+    ProgressStyle::with_template(ACTIVITY_TEMPLATE)
+        .unwrap_or_else(|_| ProgressStyle::default_bar())
+        .progress_chars("=> ")
+}
+
 const TEMPLATE: &str =
     "{msg} [{bar:30}] {binary_bytes} of {binary_total_bytes}, {binary_bytes_per_sec}, {eta} left";
 
@@ -95,8 +140,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_template_is_valid() {
+    fn the_templates_are_valid() {
         ProgressStyle::with_template(TEMPLATE).unwrap();
+        ProgressStyle::with_template(ACTIVITY_TEMPLATE).unwrap();
     }
 
     #[test]

@@ -31,7 +31,7 @@ const ROUNDS: usize = 5;
 const FINALISTS: usize = 2;
 /// A family whose best is so much slower than its best rival, in per cent of that one's time, is left out of the
 /// last rounds.
-const HOPELESS_PERCENT: u64 = 150;
+const HOPELESS_PERCENT: u64 = 200;
 
 /// How to calibrate. The default takes a minute and does not map.
 #[derive(Clone, Debug)]

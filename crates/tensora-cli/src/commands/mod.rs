@@ -1,5 +1,6 @@
 //! The subcommands: each gathers facts, makes a report of them and emits it.
 
+mod calibrate;
 mod convert;
 mod doctor;
 mod files;
@@ -7,6 +8,7 @@ mod inspect;
 mod load;
 mod plan;
 
+pub(crate) use self::calibrate::calibrate;
 pub(crate) use self::convert::convert;
 pub(crate) use self::doctor::doctor;
 pub(crate) use self::inspect::inspect;

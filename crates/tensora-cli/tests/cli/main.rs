@@ -6,6 +6,7 @@
     clippy::print_stderr
 )]
 
+mod calibrate;
 mod convert;
 mod doctor;
 mod inspect;

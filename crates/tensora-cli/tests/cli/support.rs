@@ -13,10 +13,15 @@ use tempfile::TempDir;
 use tensora::BackendKind;
 use tensora::io::{Availability, Platform};
 
+/// A folder for caches that nobody makes.
+const NO_CACHE: &str = concat!(env!("CARGO_TARGET_TMPDIR"), "/no-cache");
+
 /// The built command, with nothing in its environment that changes its answers.
 pub(crate) fn tensora() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_tensora"));
     command.env_remove("TENSORA_LOG").env_remove("NO_COLOR");
+    // Nor may what the developer has measured.
+    command.env("XDG_CACHE_HOME", NO_CACHE);
     command
 }
 
