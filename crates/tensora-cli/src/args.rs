@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{ArgAction, Args, Parser, Subcommand};
 use tensora::formats::{OpenOptions, UnlistedTensors};
-use tensora::io::TransferParams;
+use tensora::io::{CacheState, TransferParams};
 use tensora::{
     BackendChoice, BackendKind, CacheChoice, DirectChoice, Format, Loader, MemoryChoice,
     ProfileChoice,
@@ -59,6 +59,7 @@ Examples:
   tensora convert Qwen3-8B out --to serverlessllm-store
   tensora doctor Qwen3-8B                 what stands in the way of loading it fast
   tensora calibrate Qwen3-8B              measure what is fastest here, for all loads to come
+  tensora bench Qwen3-8B                  compare the automatic choice with every backend
 
 Sizes are bytes, or numbers with a unit: 1MiB, 1.5GB. KiB, MiB, GiB and TiB, or bare K, M, G and T,
 count by 1024; KB, MB, GB and TB by 1000.
@@ -77,6 +78,7 @@ pub(crate) enum Command {
     Convert(ConvertArgs),
     Doctor(DoctorArgs),
     Calibrate(CalibrateArgs),
+    Bench(BenchArgs),
 }
 
 #[derive(Debug, Args)]
@@ -245,6 +247,44 @@ pub(crate) struct CalibrateArgs {
     pub(crate) dry_run: bool,
 }
 
+/// Compare the automatic choice with every backend, on a checkpoint of yours
+///
+/// Each load runs in a process of its own, in interleaved rounds, from a page cache that holds nothing
+/// of the files (cold), their first half (half) or all of them (warm), which is verified. Memory that a load
+/// will need is touched beforehand. Compared are the medians over the rounds of ratios of times.
+///
+/// The checkpoint is read many times and nothing is written but the plot. What the page cache held of
+/// it is dropped. Run it while the machine is idle.
+#[derive(Debug, Args)]
+#[command(after_long_help = "\
+Examples:
+  tensora bench Qwen3-8B
+  tensora bench Qwen3-8B --states cold --rounds 9 --plot cold.svg
+  tensora bench Qwen3-8B --plot Qwen3-8B.html --json > Qwen3-8B.json")]
+pub(crate) struct BenchArgs {
+    /// The checkpoint: a file or a directory
+    pub(crate) path: PathBuf,
+
+    #[command(flatten)]
+    pub(crate) open: OpenArgs,
+
+    /// How often each load is timed, 1 to 100
+    #[arg(long, value_name = "N", default_value = "5", value_parser = clap::value_parser!(u32).range(1..=100), help_heading = "Strategy")]
+    pub(crate) rounds: u32,
+
+    /// States of the page cache, separated by commas
+    #[arg(long, value_name = "STATES", default_value = "cold,half,warm", value_delimiter = ',', value_parser = state_parser(), help_heading = "Strategy")]
+    pub(crate) states: Vec<CacheState>,
+
+    /// Begin no round that would end later than this, in seconds; the first round is always complete
+    #[arg(long, value_name = "SECONDS", default_value = "600", value_parser = clap::value_parser!(u32).range(1..=86_400), help_heading = "Strategy")]
+    pub(crate) budget: u32,
+
+    /// Draw the speeds into this file, .svg or .html (with the table)
+    #[arg(long, value_name = "FILE", value_parser = parse_plot, help_heading = "Output")]
+    pub(crate) plot: Option<PathBuf>,
+}
+
 /// Which tensors of which checkpoint.
 #[derive(Debug, Args)]
 pub(crate) struct SourceArgs {
@@ -290,6 +330,21 @@ pub(crate) struct OpenArgs {
 }
 
 impl OpenArgs {
+    /// The same, for another process.
+    pub(crate) fn to_arguments(&self) -> Vec<String> {
+        let mut arguments = Vec::new();
+        if let Some(format) = self.format {
+            arguments.push(format!("--format={format}"));
+        }
+        if let Some(rank) = self.rank {
+            arguments.push(format!("--rank={rank}"));
+        }
+        if self.ignore_unlisted {
+            arguments.push("--ignore-unlisted".to_owned());
+        }
+        arguments
+    }
+
     pub(crate) fn options(&self) -> OpenOptions {
         let mut options = OpenOptions::new();
         if let Some(format) = self.format {
@@ -420,6 +475,28 @@ fn direct_parser() -> impl TypedValueParser<Value = DirectChoice> {
 fn cache_parser() -> impl TypedValueParser<Value = CacheChoice> {
     PossibleValuesParser::new(CacheChoice::ALL.map(CacheChoice::as_str))
         .try_map(|name| name.parse::<CacheChoice>())
+}
+
+fn state_parser() -> impl TypedValueParser<Value = CacheState> {
+    const STATES: [CacheState; 3] = [CacheState::Cold, CacheState::Half, CacheState::Warm];
+    PossibleValuesParser::new(STATES.map(CacheState::as_str)).try_map(|name| {
+        let state = STATES.into_iter().find(|state| state.as_str() == name);
+        state.ok_or("not a state of the page cache")
+    })
+}
+
+fn parse_plot(text: &str) -> Result<PathBuf, String> {
+    let path = PathBuf::from(text);
+    let extension = path.extension().and_then(|extension| extension.to_str());
+    if extension.is_some_and(|name| {
+        ["svg", "html"]
+            .iter()
+            .any(|known| name.eq_ignore_ascii_case(known))
+    }) {
+        Ok(path)
+    } else {
+        Err("the name has to end with .svg or .html".to_owned())
+    }
 }
 
 fn parse_positive_size(text: &str) -> Result<NonZero<u64>, String> {

@@ -44,6 +44,7 @@ fn main() -> ExitCode {
         Command::Convert(arguments) => commands::convert(arguments, &console).map(done),
         Command::Doctor(arguments) => commands::doctor(arguments, &console),
         Command::Calibrate(arguments) => commands::calibrate(arguments, &console).map(done),
+        Command::Bench(arguments) => commands::bench(arguments, &console).map(done),
     };
     result.unwrap_or_else(|error| failure::report(&error))
 }

@@ -1,5 +1,7 @@
 //! The subcommands: each gathers facts, makes a report of them and emits it.
 
+mod bench;
+mod bench_plot;
 mod calibrate;
 mod convert;
 mod doctor;
@@ -8,6 +10,7 @@ mod inspect;
 mod load;
 mod plan;
 
+pub(crate) use self::bench::bench;
 pub(crate) use self::calibrate::calibrate;
 pub(crate) use self::convert::convert;
 pub(crate) use self::doctor::doctor;

@@ -6,6 +6,7 @@
     clippy::print_stderr
 )]
 
+mod bench;
 mod calibrate;
 mod convert;
 mod doctor;

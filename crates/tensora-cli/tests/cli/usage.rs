@@ -8,7 +8,15 @@ fn version_and_help_succeed() {
     let version = run(["--version"]).text();
     assert_eq!(version, format!("tensora {}\n", env!("CARGO_PKG_VERSION")));
     let help = run(["--help"]).text();
-    for command in ["inspect", "plan", "load", "convert", "doctor", "calibrate"] {
+    for command in [
+        "inspect",
+        "plan",
+        "load",
+        "convert",
+        "doctor",
+        "calibrate",
+        "bench",
+    ] {
         let line = help
             .lines()
             .find(|line| line.trim_start().starts_with(command));
