@@ -105,8 +105,9 @@ pub(crate) const fn resident_name(policy: ResidentPolicy) -> &'static str {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[non_exhaustive]
 pub struct Decision {
-    /// What was decided: `memory`, `backend`, `direct`, `resident` (not for mmap), `chunk_bytes`, `workers`
-    /// or `queue_depth`.
+    /// What was decided: `memory`, `backend`, `direct`, `resident` (not for mmap), `chunk_bytes`,
+    /// `workers`, `queue_depth` or, where somebody looked for one, `profile` (`used`, `unused`, `absent` or
+    /// `ignored`).
     pub field: &'static str,
     /// The choice, as it stands in JSON.
     pub chosen: String,

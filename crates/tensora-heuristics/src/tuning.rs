@@ -93,6 +93,21 @@ pub(crate) const MAX_IN_FLIGHT_BYTES: u64 = 32 << 20;
 /// What a load owns beside its destination at most, in bytes: the scratch of the reads in flight.
 pub(crate) const OVERHEAD_BYTES: u64 = MAX_IN_FLIGHT_BYTES;
 
+/// Per cent by which another way must have been measured to be faster to displace the constants' choice: what
+/// the times of one and the same case vary by on a quiet machine.
+pub(crate) const PROFILE_MARGIN_PERCENT: u64 = 3;
+
+/// Total bytes from which a measured profile applies: below, opening and starting threads outweigh what it
+/// measured.
+pub(crate) const PROFILE_MIN_READ_BYTES: u64 = 64 << 20;
+
+/// Mean bytes per request from which it applies: what was measured are long extents, cut into chunks.
+pub(crate) const PROFILE_MIN_MEAN_REQUEST_BYTES: u64 = 1 << 20;
+
+/// Per cent of the files' bytes in the page cache from which times of half-resident files count, and below
+/// which those of cold ones do: half-way between the two.
+pub(crate) const PROFILE_HALF_PERCENT: u64 = 25;
+
 /// Where the figures in explanations come from.
 pub(crate) mod evidence {
     /// Rings against threads, large and cold.

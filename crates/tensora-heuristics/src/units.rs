@@ -24,6 +24,43 @@ impl fmt::Display for Bytes {
     }
 }
 
+/// Bytes per second as a device's label has it: `2.4 GB/s`, `620 MB/s`, by 1000.
+#[derive(Clone, Copy)]
+pub(crate) struct Rate(pub(crate) u64);
+
+impl fmt::Display for Rate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // What rounds to 1 GB/s is not 1000 MB/s.
+        if self.0 < 999_500_000 {
+            return write!(f, "{} MB/s", (self.0 + 500_000) / 1_000_000);
+        }
+        let tenths = (u128::from(self.0) + 50_000_000) / 100_000_000;
+        write!(f, "{}.{} GB/s", tenths / 10, tenths % 10)
+    }
+}
+
+/// Microseconds as seconds: `0.41 s`, `0.014 s`.
+#[derive(Clone, Copy)]
+pub(crate) struct Seconds(pub(crate) u128);
+
+impl fmt::Display for Seconds {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let ms = (self.0 + 500) / 1000;
+        if ms < 100 {
+            return write!(f, "0.{ms:03} s");
+        }
+        let hundredths = (self.0 + 5000) / 10_000;
+        write!(f, "{}.{:02} s", hundredths / 100, hundredths % 100)
+    }
+}
+
+/// The day in UTC, `2026-11-23`; `None` for seconds that are no date.
+pub(crate) fn date(unix_s: u64) -> Option<String> {
+    let timestamp = jiff::Timestamp::from_second(i64::try_from(unix_s).ok()?).ok()?;
+    let day = jiff::tz::TimeZone::UTC.to_datetime(timestamp).date();
+    Some(day.to_string())
+}
+
 /// A count with its noun: `1 shard`, `5 shards`.
 pub(crate) fn count(number: u64, noun: &str) -> String {
     match number {
@@ -51,6 +88,38 @@ mod tests {
         ] {
             assert_eq!(Bytes(bytes).to_string(), text);
         }
+    }
+
+    #[test]
+    fn rates_and_times_have_as_many_digits_as_mean_something() {
+        for (rate, text) in [
+            (0, "0 MB/s"),
+            (620_400_000, "620 MB/s"),
+            (999_499_999, "999 MB/s"),
+            (999_500_000, "1.0 GB/s"),
+            (2_449_999_999, "2.4 GB/s"),
+            (108_280_000_000, "108.3 GB/s"),
+        ] {
+            assert_eq!(Rate(rate).to_string(), text);
+        }
+        for (us, text) in [
+            (499, "0.000 s"),
+            (13_880, "0.014 s"),
+            (99_500, "0.10 s"),
+            (738_000, "0.74 s"),
+            (12_345_678, "12.35 s"),
+        ] {
+            assert_eq!(Seconds(us).to_string(), text);
+        }
+    }
+
+    #[test]
+    fn days_are_those_of_the_calendar() {
+        assert_eq!(date(0).as_deref(), Some("1970-01-01"));
+        assert_eq!(date(1_709_208_000).as_deref(), Some("2024-02-29"));
+        assert_eq!(date(1_795_478_399).as_deref(), Some("2026-11-23"));
+        assert_eq!(date(1_795_478_400).as_deref(), Some("2026-11-24"));
+        assert_eq!(date(u64::MAX), None);
     }
 
     #[test]

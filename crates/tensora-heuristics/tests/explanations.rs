@@ -8,7 +8,10 @@ use tensora_heuristics::{
     BackendChoice, DirectChoice, MappingConsent, MemoryChoice, Policy, StorageLayout, Workload,
     plan,
 };
-use tensora_io::{BackendKind, DirectPolicy, Platform};
+use tensora_io::{
+    BackendKind, CacheState, DirectPolicy, Measurement, MemoryKind, Platform, Profile, ProfileFact,
+    ProfileIdentity, ResidentPolicy, TransferParams,
+};
 
 #[track_caller]
 fn explains(workload: &Workload, platform: &Platform, policy: &Policy, expected: &Expect) {
@@ -493,6 +496,72 @@ fn crowded() {
             workers      2. Going through the page cache is a copy, and so work for the 2 CPUs.
 
             queue depth  1. Only rings keep more than one read in flight per worker.
+        "#]],
+    );
+}
+
+#[test]
+fn measured() {
+    let mut platform = platform(2);
+    let way = |backend, workers, queue_depth, elapsed_us| Measurement {
+        cache: CacheState::Cold,
+        memory: MemoryKind::Owned,
+        backend,
+        params: TransferParams {
+            chunk_bytes: 1 << 20,
+            queue_depth,
+            workers,
+            direct: DirectPolicy::Preferred,
+            resident: ResidentPolicy::Reread,
+        },
+        bytes: 1 << 30,
+        elapsed_us,
+    };
+    platform.profile = ProfileFact::Matching(Box::new(Profile {
+        version: Profile::VERSION,
+        made_by: "0.1.0".to_owned(),
+        made_at_unix_s: 1_795_440_000,
+        identity: ProfileIdentity::of(&platform).expect("the base has storage"),
+        measurements: vec![
+            way(BackendKind::Sync, 16, 1, vec![500_000, 510_000, 520_000]),
+            way(BackendKind::IoUring, 2, 32, vec![440_000, 450_000, 460_000]),
+        ],
+    }));
+    explains(
+        &one_shard(),
+        &platform,
+        &Policy::default(),
+        &expect![[r#"
+            plan         io-uring, owned memory: 2 rings of depth 32, chunks of 1 MiB, direct.
+            load         1.4 GiB from 1 shard of SafeTensors, whole files: 399 tensors in 1 request.
+            where        ext4 on nvme0n1, 0 % of the files in the page cache; 2 CPUs; 24 GiB of memory left
+                         (machine).
+
+            memory       owned. It fits: with the reads under way the tensors take 1.43 GiB, and the machine
+                         leaves 24 GiB.
+                         Not mapped: the caller has not taken on the contract of mappings.
+
+            backend      io-uring. Measured here on 2026-11-23: io-uring 2 × 32 × 1 MiB direct 2.4 GB/s, and
+                         sync 16 × 1 MiB direct 2.1 GB/s, which the constants say.
+                         Not sync: the best that was measured of it here is sync 16 × 1 MiB direct 2.1 GB/s.
+                         Not async: it was not measured here for such a load.
+                         Not mmap: it was not measured here for such a load.
+
+            direct       preferred. The files are not in the page cache. The storage supports direct I/O, and
+                         direct reads saturate the device.
+                         Not buffered: reading through the page cache costs a second copy and reaches a part of
+                         the device's speed only.
+
+            resident     reread. There is nothing in the page cache to copy.
+
+            chunk        1 MiB. As measured: see backend and profile.
+
+            workers      2. As measured: see backend and profile.
+
+            queue depth  32. As measured: see backend and profile.
+
+            profile      used. It is of this machine and place, knows loads like this one, and comes before the
+                         constants: io-uring 2 × 32 × 1 MiB direct was faster than sync 16 × 1 MiB direct.
         "#]],
     );
 }

@@ -12,7 +12,8 @@ use tensora_heuristics::{
     MemoryKind, Plan, PlanError, Policy, StorageLayout, Workload, plan,
 };
 use tensora_io::{
-    Availability, BackendKind, DirectPolicy, DirectSupport, FileSystemClass, Platform,
+    Availability, BackendKind, CacheState, DirectPolicy, DirectSupport, FileSystemClass,
+    Measurement, MemoryKind as Memory, Platform, Profile, ProfileFact, ProfileIdentity,
     ResidentPolicy, StorageFacts, TransferParams,
 };
 
@@ -82,6 +83,63 @@ fn storage() -> impl Strategy<Value = StorageFacts> {
         })
 }
 
+/// Anything that a file of measurements may say, sense or not.
+fn measurement() -> impl Strategy<Value = Measurement> {
+    (
+        sample::select(vec![CacheState::Cold, CacheState::Half, CacheState::Warm]),
+        sample::select(vec![Memory::Owned, Memory::Owned, Memory::Mapped]),
+        sample::select(BackendKind::ALL.to_vec()),
+        sample::select(vec![DirectPolicy::Never, DirectPolicy::Preferred]),
+        sample::select(vec![ResidentPolicy::Reread, ResidentPolicy::Copy]),
+        (
+            prop_oneof![9 => 4096_u64..(8 << 20), 1 => Just(0)],
+            0_u32..200,
+            0_u32..300,
+        ),
+        size(),
+        proptest::collection::vec(size(), 0..4),
+    )
+        .prop_map(
+            |(cache, memory, backend, direct, resident, params, bytes, elapsed_us)| Measurement {
+                cache,
+                memory,
+                backend,
+                params: TransferParams {
+                    chunk_bytes: params.0,
+                    queue_depth: params.1,
+                    workers: params.2,
+                    direct,
+                    resident,
+                },
+                bytes,
+                elapsed_us,
+            },
+        )
+}
+
+fn profile() -> impl Strategy<Value = ProfileFact> {
+    (
+        0..6,
+        any::<u64>(),
+        proptest::collection::vec(measurement(), 0..30),
+    )
+        .prop_map(|(kind, made_at_unix_s, measurements)| match kind {
+            0 => ProfileFact::NotSought,
+            1 => ProfileFact::Absent,
+            2 => ProfileFact::Ignored {
+                reason: "it is foreign".to_owned(),
+            },
+            _ => ProfileFact::Matching(Box::new(Profile {
+                version: Profile::VERSION,
+                made_by: "0.1.0".to_owned(),
+                made_at_unix_s,
+                // Whether it matches is not the planner's to find out.
+                identity: ProfileIdentity::of(&platform(2)).expect("the base has storage"),
+                measurements,
+            })),
+        })
+}
+
 fn facts() -> impl Strategy<Value = Platform> {
     (
         1_u32..300,
@@ -89,8 +147,9 @@ fn facts() -> impl Strategy<Value = Platform> {
         option::of(storage()),
         option::of(size()),
         option::of(size()),
+        profile(),
     )
-        .prop_map(|(cpus, states, storage, available, cgroup)| {
+        .prop_map(|(cpus, states, storage, available, cgroup, profile)| {
             let mut platform = platform(cpus);
             let mut states = states.into_iter();
             platform.backends.retain_mut(|fact| match states.next() {
@@ -105,6 +164,7 @@ fn facts() -> impl Strategy<Value = Platform> {
                 _ => true,
             });
             platform.storage = storage;
+            platform.profile = profile;
             platform.memory.available_bytes = available;
             platform.memory.cgroup_available_bytes = cgroup;
             platform
@@ -301,7 +361,10 @@ fn check(plan: &Plan) -> Result<(), TestCaseError> {
     // A copy from a page cache that is crowded reads directly only what was dropped from it meanwhile.
     let drops = matches!(params.resident, ResidentPolicy::CopyAndDrop { .. });
     let takes_scratch = *backend == BackendKind::IoUring || plan.reads_direct() && !drops;
+    // What was measured stands as it was measured.
+    let measured = matches!(platform.profile, ProfileFact::Matching(_));
     if takes_scratch
+        && !measured
         && (policy.chunk_bytes, policy.queue_depth, policy.workers) == (None, None, None)
     {
         let in_flight =
@@ -332,6 +395,17 @@ fn check(plan: &Plan) -> Result<(), TestCaseError> {
         ("workers", params.workers.to_string()),
         ("queue_depth", params.queue_depth.to_string()),
     ]);
+    let uses = |used: &str| decided.last() == Some(&("profile", used.to_owned()));
+    match platform.profile {
+        ProfileFact::NotSought => {}
+        ProfileFact::Absent => expected.push(("profile", "absent".to_owned())),
+        ProfileFact::Ignored { .. } => expected.push(("profile", "ignored".to_owned())),
+        ProfileFact::Matching(_) if uses("used") => {
+            expected.push(("profile", "used".to_owned()));
+            prop_assert!(workload.read_bytes >= 64 << 20);
+        }
+        ProfileFact::Matching(_) => expected.push(("profile", "unused".to_owned())),
+    }
     prop_assert_eq!(&decided[..], &expected[..]);
     for decision in decisions {
         prop_assert!(decision.reason.ends_with('.'), "{}", decision.reason);

@@ -2,6 +2,7 @@
 
 use tensora_io::BackendKind;
 
+use super::profile::Pick;
 use super::{Case, Obstacle, Place, decided};
 use crate::tuning::{self, evidence};
 use crate::units::{Bytes, count};
@@ -83,13 +84,20 @@ impl Regime {
 }
 
 impl Case<'_> {
-    pub(super) fn backend(&self, memory: MemoryKind) -> Result<(BackendKind, Decision)> {
+    pub(super) fn backend(
+        &self,
+        memory: MemoryKind,
+        pick: Option<&Pick<'_>>,
+    ) -> Result<(BackendKind, Decision)> {
         if memory == MemoryKind::Mapped {
             let reason = "Mapped memory comes from the mmap backend only.".to_owned();
             return Ok(decided("backend", BackendKind::Mmap, reason, Vec::new()));
         }
         let BackendChoice::Named(named) = self.policy.backend else {
-            return self.suitable_backend();
+            return match pick {
+                Some(pick) => Ok(self.measured_backend(pick)),
+                None => self.suitable_backend(),
+            };
         };
         // The name decides, but who named it may like to know what it was chosen over.
         let rejected = match self.suitable_backend() {
@@ -136,6 +144,22 @@ impl Case<'_> {
             ));
         }
         Ok(decided("backend", chosen, reason, rejected))
+    }
+
+    /// The backend that was the fastest when it was measured.
+    fn measured_backend(&self, pick: &Pick<'_>) -> (BackendKind, Decision) {
+        let chosen = pick.measurement.backend;
+        let others = self.regime().order().into_iter();
+        let rejected = others
+            .filter(|kind| *kind != chosen)
+            .map(|kind| match self.obstacle(kind) {
+                Some(Obstacle { reason, remedy }) => {
+                    Rejection::new(kind, format!("{reason} ({remedy})"))
+                }
+                None => Rejection::new(kind, pick.against(kind)),
+            })
+            .collect();
+        decided("backend", chosen, pick.reason.clone(), rejected)
     }
 
     fn regime(&self) -> Regime {

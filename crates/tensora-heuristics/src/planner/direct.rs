@@ -2,6 +2,7 @@
 
 use tensora_io::{BackendKind, DirectPolicy, DirectSupport};
 
+use super::profile::Pick;
 use super::{Case, Place, decided};
 use crate::tuning::{self, evidence};
 use crate::units::Bytes;
@@ -13,6 +14,7 @@ impl Case<'_> {
         &self,
         backend: BackendKind,
         memory: MemoryKind,
+        pick: Option<&Pick<'_>>,
     ) -> (DirectPolicy, Decision) {
         let preferred = DirectPolicy::Preferred;
         let decided =
@@ -80,7 +82,26 @@ impl Case<'_> {
             )];
             return decided(preferred, reason, rejected);
         }
-        match self.direct_pays() {
+        let pays = self.direct_pays();
+        if let Some(pick) = pick
+            && pick.is_direct() != pays.is_ok()
+        {
+            let slower = "it was measured to be slower here";
+            return if pick.is_direct() {
+                decided(
+                    preferred,
+                    "As measured: direct reads are the fastest here.".to_owned(),
+                    vec![Rejection::new(DirectPolicy::Never, slower)],
+                )
+            } else {
+                decided(
+                    DirectPolicy::Never,
+                    "As measured: reads through the page cache are the fastest here.".to_owned(),
+                    vec![Rejection::new(preferred, slower)],
+                )
+            };
+        }
+        match pays {
             Ok(reason) => decided(
                 preferred,
                 reason,

@@ -130,6 +130,18 @@ impl Case<'_> {
         {
             return Err("direct I/O was asked for, and a mapping is the page cache".to_owned());
         }
+        let by_constants = self.mapping_pays_by_constants();
+        match (self.estimate(), by_constants) {
+            (None, by_constants) => by_constants,
+            (Some(estimate), Ok(_)) if estimate.favours_reading() => Err(estimate.told()),
+            (Some(estimate), Err(_)) if estimate.favours_mapping() => {
+                Ok(format!("Mappings are allowed, and {}.", estimate.told()))
+            }
+            (Some(_), by_constants) => by_constants,
+        }
+    }
+
+    fn mapping_pays_by_constants(&self) -> std::result::Result<String, String> {
         match self.place {
             Place::PageCache if self.is_served() => Err(
                 "when the server goes away, touching a page that the cache has dropped hangs or kills \

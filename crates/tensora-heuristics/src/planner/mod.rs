@@ -2,10 +2,12 @@ mod backend;
 mod direct;
 mod memory;
 mod params;
+mod profile;
 mod resident;
 
 use std::fmt;
 
+use profile::Pick;
 use tensora_io::{
     Availability, BackendKind, DirectPolicy, DirectSupport, FileSystemClass, Platform,
     StorageFacts, TransferParams,
@@ -22,7 +24,8 @@ use crate::{
 ///
 /// What the policy names is obeyed or refused. What it leaves open is decided from, in this order: what
 /// can run here and fits into memory; where the files are and how much of them is in the page cache;
-/// and the regime table (layout, access, files and bytes). Facts that are unknown count as the less
+/// what was measured of such loads here ([`Platform::profile`]); and, where nothing was, the regime table
+/// (layout, access, files and bytes). Facts that are unknown count as the less
 /// favourable case: storage that was not probed is read buffered, files of unknown residency are cold.
 ///
 /// # Errors
@@ -66,14 +69,15 @@ pub fn plan(workload: &Workload, platform: &Platform, policy: &Policy) -> Result
     if memory == MemoryKind::Owned {
         case.crowded = case.is_crowded();
     }
-    let (backend, backend_decision) = case.backend(memory)?;
-    let (direct, direct_decision) = case.direct(backend, memory);
-    let (resident, resident_decision) = case.resident(backend, direct);
-    let (params, param_decisions) = case.params(backend, direct, resident);
+    let constants = case.choose(memory, None)?;
+    let (choice, profile_decision) = case.weigh(memory, constants)?;
+    let Choice {
+        backend, params, ..
+    } = choice;
 
-    let mut decisions = vec![memory_decision, backend_decision, direct_decision];
-    decisions.extend(resident_decision);
-    decisions.extend(param_decisions);
+    let mut decisions = vec![memory_decision];
+    decisions.extend(choice.decisions);
+    decisions.extend(profile_decision);
     Ok(Plan {
         backend,
         memory,
@@ -238,7 +242,30 @@ struct Case<'a> {
     crowded: bool,
 }
 
+/// How to read into memory that is decided upon.
+struct Choice {
+    backend: BackendKind,
+    params: TransferParams,
+    decisions: Vec<Decision>,
+}
+
 impl Case<'_> {
+    /// Decides everything but the memory: by constants, or as it was measured.
+    fn choose(&self, memory: MemoryKind, pick: Option<&Pick<'_>>) -> Result<Choice> {
+        let (backend, backend_decision) = self.backend(memory, pick)?;
+        let (direct, direct_decision) = self.direct(backend, memory, pick);
+        let (resident, resident_decision) = self.resident(backend, direct);
+        let (params, param_decisions) = self.params(backend, direct, resident, pick);
+        let mut decisions = vec![backend_decision, direct_decision];
+        decisions.extend(resident_decision);
+        decisions.extend(param_decisions);
+        Ok(Choice {
+            backend,
+            params,
+            decisions,
+        })
+    }
+
     /// Wishes against facts that no choice of the planner can get around.
     fn check_facts(&self) -> Result<()> {
         let named = match self.policy.backend {

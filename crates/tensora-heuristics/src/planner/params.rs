@@ -4,10 +4,14 @@ use std::fmt;
 
 use tensora_io::{BackendKind, DirectPolicy, DirectSupport, ResidentPolicy, TransferParams};
 
+use super::profile::Pick;
 use super::{Case, Place, decided};
 use crate::tuning;
 use crate::units::{Bytes, count};
 use crate::{Decision, Rejection};
+
+/// Why a parameter has the value that it has, where that was measured.
+const MEASURED: &str = "As measured: see backend and profile.";
 
 /// What kind of transfer the parameters are for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,11 +42,13 @@ impl Case<'_> {
         backend: BackendKind,
         direct: DirectPolicy,
         resident: ResidentPolicy,
+        pick: Option<&Pick<'_>>,
     ) -> (TransferParams, [Decision; 3]) {
         let shape = self.shape(backend, direct);
-        let (chunk_bytes, chunk) = self.chunk_bytes(shape);
-        let (workers, worker) = self.workers(shape, chunk_bytes);
-        let (queue_depth, depth) = self.queue_depth(shape, chunk_bytes, workers);
+        let measured = pick.map(|pick| &pick.measurement.params);
+        let (chunk_bytes, chunk) = self.chunk_bytes(shape, measured);
+        let (workers, worker) = self.workers(shape, chunk_bytes, measured);
+        let (queue_depth, depth) = self.queue_depth(shape, chunk_bytes, workers, measured);
         let params = TransferParams {
             chunk_bytes,
             queue_depth,
@@ -66,8 +72,8 @@ impl Case<'_> {
         }
     }
 
-    fn chunk_bytes(&self, shape: Shape) -> (u64, Decision) {
-        let (mut auto, mut reason) = match shape {
+    fn chunk_bytes(&self, shape: Shape, measured: Option<&TransferParams>) -> (u64, Decision) {
+        let (constant, why) = match shape {
             Shape::Server { .. } => (
                 tuning::SERVER_CHUNK_BYTES,
                 "Long sequential reads suit a server.".to_owned(),
@@ -87,6 +93,10 @@ impl Case<'_> {
                 "Two huge pages: enough to save calls, little enough to share out evenly."
                     .to_owned(),
             ),
+        };
+        let (mut auto, mut reason) = match measured {
+            Some(params) => (params.chunk_bytes, MEASURED.to_owned()),
+            None => (constant, why),
         };
         let fitting = self.fitting_chunk_bytes();
         if fitting < auto {
@@ -133,9 +143,14 @@ impl Case<'_> {
             .max(1)
     }
 
-    fn workers(&self, shape: Shape, chunk_bytes: u64) -> (u32, Decision) {
+    fn workers(
+        &self,
+        shape: Shape,
+        chunk_bytes: u64,
+        measured: Option<&TransferParams>,
+    ) -> (u32, Decision) {
         let cpus = self.platform.cpus;
-        let (mut auto, mut reason) = match shape {
+        let (constant, why) = match shape {
             Shape::Server { rings: true } => {
                 (tuning::MIN_RINGS, "Two rings share a handful of reads.".to_owned())
             }
@@ -169,8 +184,12 @@ impl Case<'_> {
                     .to_owned(),
             ),
         };
+        let (mut auto, mut reason) = match measured {
+            Some(params) => (params.workers, MEASURED.to_owned()),
+            None => (constant, why),
+        };
         let room = (tuning::MAX_IN_FLIGHT_BYTES / chunk_bytes).max(1);
-        if shape.takes_scratch() && room < u64::from(auto) {
+        if measured.is_none() && shape.takes_scratch() && room < u64::from(auto) {
             auto = saturate(room);
             reason = format!(
                 "More chunks of {} at once would exceed {} in flight.",
@@ -189,8 +208,14 @@ impl Case<'_> {
         overridable("workers", auto, self.policy.workers, reason)
     }
 
-    fn queue_depth(&self, shape: Shape, chunk_bytes: u64, workers: u32) -> (u32, Decision) {
-        let (mut auto, mut reason) = match shape {
+    fn queue_depth(
+        &self,
+        shape: Shape,
+        chunk_bytes: u64,
+        workers: u32,
+        measured: Option<&TransferParams>,
+    ) -> (u32, Decision) {
+        let (constant, why) = match shape {
             Shape::Rings => (
                 tuning::RING_DEPTH,
                 "Together the rings keep the device's queue full.".to_owned(),
@@ -213,9 +238,13 @@ impl Case<'_> {
                 return decided("queue_depth", 1, reason, rejected);
             }
         };
+        let (mut auto, mut reason) = match measured {
+            Some(params) => (params.queue_depth, MEASURED.to_owned()),
+            None => (constant, why),
+        };
         let workers = u64::from(workers);
         let room = (tuning::MAX_IN_FLIGHT_BYTES / chunk_bytes / workers).max(1);
-        if room < u64::from(auto) {
+        if measured.is_none() && room < u64::from(auto) {
             auto = saturate(room);
             reason = format!(
                 "{} with more reads of {} each would exceed {} in flight.",
