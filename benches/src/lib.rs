@@ -8,11 +8,13 @@
 #![forbid(unsafe_code)]
 
 mod case;
+mod cpu_bound;
 mod measure;
 mod pages;
 mod report;
 
 pub use case::{Case, CaseKind};
+pub use cpu_bound::{CpuCase, PreparedCase, write_cpu_fixtures};
 pub use measure::{Bench, Subject, run};
 pub use pages::{CacheState, prepare, prime_memory};
 pub use report::{Cell, Finding, Host, OpenTimes, Run, Sample};

@@ -10,6 +10,7 @@ pub mod bench;
 pub mod demo;
 pub mod features;
 pub mod fixtures;
+pub mod instructions;
 pub mod presets;
 pub mod programs;
 pub mod tidy;

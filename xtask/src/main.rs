@@ -11,6 +11,7 @@ use tensora_formats::Format;
 use xtask::bench::BenchArguments;
 use xtask::demo::DemoArguments;
 use xtask::fixtures::{self, Data, Existing};
+use xtask::instructions::InstructionsArguments;
 use xtask::presets::{self, PRESETS, Preset};
 
 #[derive(Debug, Parser)]
@@ -24,6 +25,8 @@ enum Chore {
     Demo(DemoArguments),
     /// Measure loads against hand-written reads and write the run down
     Bench(BenchArguments),
+    /// Count the instructions of what the processor bounds, beside those of the safetensors crate
+    Instructions(InstructionsArguments),
     /// Check the repository's invariants
     Tidy,
     /// Check that every combination of cargo features compiles without warnings
@@ -117,6 +120,7 @@ fn main() -> Result<()> {
         Chore::CleanFixtures(arguments) => arguments.run(),
         Chore::Demo(arguments) => arguments.run(),
         Chore::Bench(arguments) => arguments.run(),
+        Chore::Instructions(arguments) => arguments.run(),
         Chore::Tidy => xtask::tidy::run(),
         Chore::Features => xtask::features::run(),
     }
