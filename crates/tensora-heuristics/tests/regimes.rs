@@ -324,6 +324,52 @@ fn servers_are_read_in_a_few_long_streams() {
 }
 
 #[test]
+fn a_disk_with_moving_heads_is_read_in_a_few_long_streams() {
+    let disk = |name: &str, model: Option<&str>, rotational| {
+        stored(|storage| {
+            storage.device = Some(name.to_owned());
+            storage.device_model = model.map(str::to_owned);
+            storage.rotational = rotational;
+        })
+    };
+    let spinning = disk("sda", Some("ST8000NM0055-1RM112"), Some(true));
+    let threads = auto(&one_shard(), &spinning);
+    assert!(threads.reads_direct());
+    assert_eq!(
+        (threads.params.chunk_bytes, threads.params.workers),
+        (4 * MIB, 4)
+    );
+    let rings = auto(&five_shards(), &spinning).params;
+    assert_eq!((rings.workers, rings.queue_depth), (2, 2));
+    // What is in the page cache is no matter of heads.
+    let mut warm = spinning.clone();
+    if let Some(storage) = &mut warm.storage {
+        storage.resident_bytes = Some(storage.file_bytes);
+    }
+    assert_eq!(auto(&one_shard(), &warm).params.workers, warm.cpus);
+    // Virtual disks say so, too, and are not believed; nor is a disk that does not say what it is.
+    for (name, model, rotational) in [
+        ("vda", None, Some(true)),
+        ("vda", Some("ST8000NM0055-1RM112"), Some(true)),
+        ("xvda", None, Some(true)),
+        ("dm-0", None, Some(true)),
+        ("sda", None, Some(true)),
+        ("sda", Some(" "), Some(true)),
+        ("sda", Some("QEMU HARDDISK"), Some(true)),
+        ("sda", Some("VBOX HARDDISK"), Some(true)),
+        ("sda", Some("Virtual disk"), Some(true)),
+        ("sda", Some("PersistentDisk"), Some(true)),
+        ("sda", Some("EphemeralDisk"), Some(true)),
+        ("sda", Some("Amazon Elastic Block Store"), Some(true)),
+        ("sda", Some("ST8000NM0055-1RM112"), Some(false)),
+        ("sda", Some("ST8000NM0055-1RM112"), None),
+    ] {
+        let plan = auto(&one_shard(), &disk(name, model, rotational));
+        assert_eq!(plan.params.workers, 16, "{name} {model:?} {rotational:?}");
+    }
+}
+
+#[test]
 fn resident_files_of_a_server_are_copied_and_never_mapped_unasked() {
     let platform = stored(|storage| {
         storage.class = FileSystemClass::Network;

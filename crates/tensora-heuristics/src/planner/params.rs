@@ -13,11 +13,23 @@ use crate::{Decision, Rejection};
 /// Why a parameter has the value that it has, where that was measured.
 const MEASURED: &str = "As measured: see backend and profile.";
 
+/// Parts of the models that disks of virtual machines name: QEMU, VirtualBox, VMware and Hyper-V, Google, AWS.
+const VIRTUAL_MODELS: [&str; 6] = [
+    "qemu",
+    "vbox",
+    "virtual",
+    "persistentdisk",
+    "ephemeraldisk",
+    "elastic block store",
+];
+
 /// What kind of transfer the parameters are for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Shape {
     /// Few long reads from a server.
     Server { rings: bool },
+    /// Few long direct reads from a disk with moving heads.
+    Disk { rings: bool },
     /// Direct reads on threads or tasks, also where they copy what is in the page cache meanwhile: too many
     /// threads for a copy cost little, too few for the device cost its speed.
     Device,
@@ -66,10 +78,30 @@ impl Case<'_> {
         match backend {
             _ if self.place == Place::Server => Shape::Server { rings },
             BackendKind::Mmap => Shape::Map,
+            _ if reads_device && self.spins() => Shape::Disk { rings },
             BackendKind::IoUring => Shape::Rings,
             BackendKind::Sync | BackendKind::Async if reads_device => Shape::Device,
             BackendKind::Sync | BackendKind::Async => Shape::Copy,
         }
+    }
+
+    /// Whether the files are on a disk with moving heads. The kernel's word alone does not count: virtual disks
+    /// say so, whatever lies below, so the disk has to be attached as one and to name a model that is made
+    /// of metal. Believing too little costs a spinning disk some seeks between adjacent reads;
+    /// believing too much would cost a fast one most of its speed.
+    fn spins(&self) -> bool {
+        let Some(storage) = &self.platform.storage else {
+            return false;
+        };
+        let attached = storage
+            .device
+            .as_deref()
+            .is_some_and(|name| name.starts_with("sd") || name.starts_with("hd"));
+        let made = storage.device_model.as_deref().is_some_and(|model| {
+            let model = model.to_lowercase();
+            !model.trim().is_empty() && !VIRTUAL_MODELS.iter().any(|part| model.contains(part))
+        });
+        storage.rotational == Some(true) && attached && made
     }
 
     fn chunk_bytes(&self, shape: Shape, measured: Option<&TransferParams>) -> (u64, Decision) {
@@ -77,6 +109,10 @@ impl Case<'_> {
             Shape::Server { .. } => (
                 tuning::SERVER_CHUNK_BYTES,
                 "Long sequential reads suit a server.".to_owned(),
+            ),
+            Shape::Disk { .. } => (
+                tuning::DISK_CHUNK_BYTES,
+                "Long reads keep the disk's heads where they are.".to_owned(),
             ),
             Shape::Device | Shape::Rings => (
                 tuning::DEVICE_CHUNK_BYTES,
@@ -158,6 +194,14 @@ impl Case<'_> {
                 tuning::SERVER_MAX_READS,
                 "A few reads at once hide the round trip; more make the server seek.".to_owned(),
             ),
+            Shape::Disk { rings: true } => (
+                tuning::MIN_RINGS,
+                "Two rings share a handful of reads.".to_owned(),
+            ),
+            Shape::Disk { rings: false } => (
+                tuning::DISK_MAX_READS,
+                "A few reads at once keep the disk busy; more make its heads seek.".to_owned(),
+            ),
             Shape::Device => (
                 tuning::DEVICE_WORKERS,
                 "They wait for the device rather than compute, so the device's queue decides, not the \
@@ -224,7 +268,15 @@ impl Case<'_> {
                 tuning::SERVER_MAX_READS / tuning::MIN_RINGS,
                 "A few reads at once hide the round trip; more make the server seek.".to_owned(),
             ),
-            Shape::Server { rings: false } | Shape::Device | Shape::Copy | Shape::Map => {
+            Shape::Disk { rings: true } => (
+                tuning::DISK_MAX_READS / tuning::MIN_RINGS,
+                "A few reads at once keep the disk busy; more make its heads seek.".to_owned(),
+            ),
+            Shape::Server { rings: false }
+            | Shape::Disk { rings: false }
+            | Shape::Device
+            | Shape::Copy
+            | Shape::Map => {
                 let rejected = match self.policy.queue_depth {
                     Some(set) if set > 1 => {
                         vec![Rejection::new(
