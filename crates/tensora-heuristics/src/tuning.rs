@@ -1,8 +1,9 @@
 //! Every number that the planner knows, with its unit and its source.
 //!
-//! Source, where nothing else stands: docs/DESIGN.md, measurements of November 2026 (2 cores, ext4 on
-//! a virtual NVMe disk; q06 is 1.5 GB in one shard, q8 is 16.4 GB in five). They are to be derived again
-//! from archived benchmark runs; between machines even their order changes.
+//! Source, where nothing else stands: benches/runs/2026-11-hand-measurements.md (2 cores, ext4 on a virtual NVMe
+//! disk; q06 is 1.5 GB in one shard, q8 is 16.4 GB in five). Between machines even the order of the backends
+//! changes; that is what profiles are for. docs/HEURISTICS.md has them all in one table, which a test holds
+//! against this file.
 
 /// Bytes from which a load of several files goes to rings: q8 took 7.4–8.4 s with rings and 8.0–9.8 s
 /// with threads, q06 0.59–0.71 s and 0.59–0.63 s. The crossing lies between; 4 GB is the regime table's.
@@ -18,12 +19,14 @@ pub(crate) const RESIDENT_PERCENT: u64 = 98;
 pub(crate) const PARTLY_RESIDENT_PERCENT: u64 = 2;
 
 /// Per cent of the files' bytes from which a load that copies what is in the page cache and reads the rest
-/// directly is a copy above all: at 7 GB/s copied and 2.3 GB/s read, both at once, they meet at 75 %.
+/// directly is a copy above all: at 7 GB/s copied and 2.3 GB/s read, both at once, they meet at 75 % (q06,
+/// benches/runs/2026-11-23-2cpu-23gib-ext4-primed).
 pub(crate) const MOSTLY_RESIDENT_PERCENT: u64 = 75;
 
 /// Per cent of the files' bytes that must be in the page cache for mapping to beat copying them and reading
-/// the rest directly. q06: 0.74 s cold mapped, 0.66 s read, 0.21 s copied; q8: 12 s, 8 s, 2.3 s. By these
-/// figures the two meet at 78 % and at 84 %.
+/// the rest directly. q06: 0.74 s cold mapped, 0.66 s read, 0.21 s copied
+/// (benches/runs/2026-11-23-2cpu-23gib-ext4-primed); q8: 12 s, 8 s, and 2.3 s at the same rate. By these figures
+/// the two meet at 78 % and at 84 %.
 pub(crate) const MAP_RESIDENT_PERCENT: u64 = 80;
 
 /// Room that dropping from the page cache leaves beside destination and files, in bytes, at least: for the
@@ -116,20 +119,44 @@ pub(crate) const PROFILE_MIN_MEAN_REQUEST_BYTES: u64 = 1 << 20;
 /// which those of cold ones do: half-way between the two.
 pub(crate) const PROFILE_HALF_PERCENT: u64 = 25;
 
-/// Where the figures in explanations come from.
+/// Where the figures in explanations come from: each names the archived run in which it was measured.
 pub(crate) mod evidence {
+    /// The run from before there was a harness.
+    macro_rules! hand_measurements {
+        () => {
+            "benches/runs/2026-11-hand-measurements.md"
+        };
+    }
+
     /// Rings against threads, large and cold.
-    pub(crate) const LARGE: &str = "16.4 GB in 5 shards took 7.4 to 8.4 s with rings and 8.0 to 9.8 s with threads, November 2026";
+    pub(crate) const LARGE: &str = concat!(
+        "16.4 GB in 5 shards took 7.4 to 8.4 s with rings and 8.0 to 9.8 s with threads, ",
+        hand_measurements!()
+    );
     /// Rings against threads, small and cold.
-    pub(crate) const SMALL: &str = "1.5 GB in 1 shard took 0.59 to 0.63 s with threads and 0.59 to 0.71 s with rings, November 2026";
+    pub(crate) const SMALL: &str = concat!(
+        "1.5 GB in 1 shard took 0.59 to 0.63 s with threads and 0.59 to 0.71 s with rings, ",
+        hand_measurements!()
+    );
     /// Rings against threads, small and cold, partitioned.
-    pub(crate) const PARTITIONS: &str = "1.5 GB in 8 partitions took 0.62 s with direct threads and 0.65 s with rings, November 2026";
+    pub(crate) const PARTITIONS: &str = concat!(
+        "1.5 GB in 8 partitions took 0.62 s with direct threads and 0.65 s with rings, ",
+        hand_measurements!()
+    );
     /// Mapping against reading, cold.
-    pub(crate) const COLD_MAPPING: &str =
-        "16.4 GB took 11 to 14 s mapped and 7.4 to 9.8 s read directly, November 2026";
+    pub(crate) const COLD_MAPPING: &str = concat!(
+        "16.4 GB took 11 to 14 s mapped and 7.4 to 9.8 s read directly, ",
+        hand_measurements!()
+    );
     /// What bringing the files into the page cache costs.
-    pub(crate) const KEEPING: &str = "16.4 GB took 11 to 14 s mapped, 15 to 17 s read through the page cache and 7.4 to 9.8 s read directly, November 2026";
+    pub(crate) const KEEPING: &str = concat!(
+        "16.4 GB took 11 to 14 s mapped, 15 to 17 s read through the page cache and 7.4 to 9.8 s read \
+         directly, ",
+        hand_measurements!()
+    );
     /// Mapping against copying against reading, warm.
-    pub(crate) const WARM: &str =
-        "1.5 GB took 0.012 s mapped, 0.24 s copied and 0.75 s read directly, November 2026";
+    pub(crate) const WARM: &str = concat!(
+        "1.5 GB took 0.012 s mapped, 0.24 s copied and 0.75 s read directly, ",
+        hand_measurements!()
+    );
 }

@@ -37,11 +37,12 @@ fn large_and_cold() {
 
             backend      io-uring. 15.26 GiB in 5 shards is a large load, 4 GB (3.73 GiB) or more, and large
                          loads favour rings (16.4 GB in 5 shards took 7.4 to 8.4 s with rings and 8.0 to 9.8 s
-                         with threads, November 2026).
+                         with threads, benches/runs/2026-11-hand-measurements.md).
                          Not sync: threads trail by a few per cent.
                          Not async: it makes the same reads as sync, each handed to Tokio's blocking pool first.
                          Not mmap: for owned memory it copies out of the page cache, and cold mappings are slow
-                         (16.4 GB took 11 to 14 s mapped and 7.4 to 9.8 s read directly, November 2026).
+                         (16.4 GB took 11 to 14 s mapped and 7.4 to 9.8 s read directly,
+                         benches/runs/2026-11-hand-measurements.md).
 
             direct       preferred. The files are not in the page cache. The storage supports direct I/O, and
                          direct reads saturate the device.
@@ -78,12 +79,13 @@ fn large_where_rings_are_blocked() {
 
             backend      sync. 15.26 GiB in 5 shards is a large load, 4 GB (3.73 GiB) or more, and large loads
                          favour rings (16.4 GB in 5 shards took 7.4 to 8.4 s with rings and 8.0 to 9.8 s with
-                         threads, November 2026). That speaks for io-uring, which cannot be used; sync is the
-                         next in order of preference.
+                         threads, benches/runs/2026-11-hand-measurements.md). That speaks for io-uring, which
+                         cannot be used; sync is the next in order of preference.
                          Not io-uring: it cannot run here: io-uring is blocked (unblock io-uring).
                          Not async: it makes the same reads as sync, each handed to Tokio's blocking pool first.
                          Not mmap: for owned memory it copies out of the page cache, and cold mappings are slow
-                         (16.4 GB took 11 to 14 s mapped and 7.4 to 9.8 s read directly, November 2026).
+                         (16.4 GB took 11 to 14 s mapped and 7.4 to 9.8 s read directly,
+                         benches/runs/2026-11-hand-measurements.md).
 
             direct       preferred. The files are not in the page cache. The storage supports direct I/O, and
                          direct reads saturate the device.
@@ -127,7 +129,8 @@ fn small_and_warm() {
 
             direct       never. Reads go through the page cache.
                          Not direct: it would fetch from the device what is in the page cache already (1.5 GB
-                         took 0.012 s mapped, 0.24 s copied and 0.75 s read directly, November 2026).
+                         took 0.012 s mapped, 0.24 s copied and 0.75 s read directly,
+                         benches/runs/2026-11-hand-measurements.md).
 
             resident     copy. Buffered reads take from the page cache what is in it.
 
@@ -157,7 +160,7 @@ fn small_and_warm_with_consent() {
             memory       mapped. The files are in the page cache. Mappings are allowed, so the tensors are used
                          where they are.
                          Not owned: it would copy what can be used in place (1.5 GB took 0.012 s mapped, 0.24 s
-                         copied and 0.75 s read directly, November 2026).
+                         copied and 0.75 s read directly, benches/runs/2026-11-hand-measurements.md).
 
             backend      mmap. Mapped memory comes from the mmap backend only.
 
@@ -197,7 +200,8 @@ fn selected_ranges() {
                          Not io-uring: rings are for long batches; the regime table keeps them for whole
                          checkpoints.
                          Not mmap: for owned memory it copies out of the page cache, and cold mappings are slow
-                         (16.4 GB took 11 to 14 s mapped and 7.4 to 9.8 s read directly, November 2026).
+                         (16.4 GB took 11 to 14 s mapped and 7.4 to 9.8 s read directly,
+                         benches/runs/2026-11-hand-measurements.md).
 
             direct       preferred. The files are not in the page cache. The storage supports direct I/O, and
                          direct reads saturate the device.
@@ -236,7 +240,8 @@ fn behind_a_server() {
                          Not async: it makes the same reads as sync, each handed to Tokio's blocking pool first.
                          Not io-uring: many reads at once are what a server behind a file system handles worst.
                          Not mmap: for owned memory it copies out of the page cache, and cold mappings are slow
-                         (16.4 GB took 11 to 14 s mapped and 7.4 to 9.8 s read directly, November 2026).
+                         (16.4 GB took 11 to 14 s mapped and 7.4 to 9.8 s read directly,
+                         benches/runs/2026-11-hand-measurements.md).
 
             direct       never. Reads go through the page cache.
                          Not direct: a server's files gain from read-ahead, which direct reads do without.
@@ -277,7 +282,8 @@ fn everything_named() {
             backend      async. It was named.
                          Not io-uring: async was named. Left to the planner: 15.26 GiB in 5 shards is a large
                          load, 4 GB (3.73 GiB) or more, and large loads favour rings (16.4 GB in 5 shards took
-                         7.4 to 8.4 s with rings and 8.0 to 9.8 s with threads, November 2026).
+                         7.4 to 8.4 s with rings and 8.0 to 9.8 s with threads,
+                         benches/runs/2026-11-hand-measurements.md).
 
             direct       never. It was asked for.
 
@@ -323,7 +329,7 @@ fn as_json() {
             {
               "chosen": "sync",
               "field": "backend",
-              "reason": "1.4 GiB in 1 shard: threads are at least as fast as rings on one shard (1.5 GB in 1 shard took 0.59 to 0.63 s with threads and 0.59 to 0.71 s with rings, November 2026).",
+              "reason": "1.4 GiB in 1 shard: threads are at least as fast as rings on one shard (1.5 GB in 1 shard took 0.59 to 0.63 s with threads and 0.59 to 0.71 s with rings, benches/runs/2026-11-hand-measurements.md).",
               "rejected": [
                 {
                   "choice": "async",
@@ -335,7 +341,7 @@ fn as_json() {
                 },
                 {
                   "choice": "mmap",
-                  "reason": "for owned memory it copies out of the page cache, and cold mappings are slow (16.4 GB took 11 to 14 s mapped and 7.4 to 9.8 s read directly, November 2026)"
+                  "reason": "for owned memory it copies out of the page cache, and cold mappings are slow (16.4 GB took 11 to 14 s mapped and 7.4 to 9.8 s read directly, benches/runs/2026-11-hand-measurements.md)"
                 }
               ]
             },
@@ -426,11 +432,12 @@ fn half_resident() {
 
             backend      io-uring. 15.26 GiB in 5 shards is a large load, 4 GB (3.73 GiB) or more, and large
                          loads favour rings (16.4 GB in 5 shards took 7.4 to 8.4 s with rings and 8.0 to 9.8 s
-                         with threads, November 2026).
+                         with threads, benches/runs/2026-11-hand-measurements.md).
                          Not sync: threads trail by a few per cent.
                          Not async: it makes the same reads as sync, each handed to Tokio's blocking pool first.
                          Not mmap: for owned memory it copies out of the page cache, and cold mappings are slow
-                         (16.4 GB took 11 to 14 s mapped and 7.4 to 9.8 s read directly, November 2026).
+                         (16.4 GB took 11 to 14 s mapped and 7.4 to 9.8 s read directly,
+                         benches/runs/2026-11-hand-measurements.md).
 
             direct       preferred. 50 % of the files is in the page cache. The storage supports direct I/O, and
                          direct reads saturate the device.
