@@ -6,7 +6,7 @@ use tensora_io::{
 };
 
 use crate::sample::Sample;
-use crate::settings::Family;
+use crate::settings::{Family, ReadSetting};
 use crate::{Error, Result, prime_memory, rotation};
 
 /// From less than this, starting threads and rings counts for more than reading.
@@ -18,9 +18,11 @@ const MAX_SAMPLE_BYTES: u64 = 4 << 30;
 /// The part of usable memory that a sample may take: it is in memory twice when a copy is timed.
 const SAMPLE_SHARE: u64 = 4;
 /// How many cold measurements a full calibration takes, about.
-const COLD_READS: u32 = 100;
-/// Of the budget, per cent for cold reads: they are slower and differ more.
-const COLD_PERCENT: u32 = 65;
+const COLD_READS: u32 = 110;
+/// Of the budget, per cent until which each state is measured: cold reads are slower and differ more.
+const COLD_PERCENT: u32 = 55;
+const HALF_PERCENT: u32 = 80;
+const WARM_PERCENT: u32 = 100;
 /// Of the time of a state, per cent until which each family's first settings are tried, and until which
 /// neighbours of the best.
 const COARSE_PERCENT: u32 = 40;
@@ -44,6 +46,9 @@ pub struct CalibrateOptions {
     pub sample_bytes: Option<u64>,
     /// Leave to map the files. Without it, nothing is measured about mapped memory.
     pub mapping: Option<MappingPermit>,
+    /// Settings that are measured, and stand in the profile, whatever others do: those that somebody would
+    /// choose without a profile, which then tells by how much others are better.
+    pub always: Vec<ReadSetting>,
 }
 
 impl Default for CalibrateOptions {
@@ -52,6 +57,7 @@ impl Default for CalibrateOptions {
             budget: Duration::from_secs(60),
             sample_bytes: None,
             mapping: None,
+            always: Vec::new(),
         }
     }
 }
@@ -66,14 +72,8 @@ pub struct CalibrateProgress {
     pub budget: Duration,
     /// How many reads were timed before.
     pub timed: u32,
-    /// State of the page cache.
-    pub cache: CacheState,
-    /// Where the bytes go.
-    pub memory: MemoryKind,
-    /// Who reads.
-    pub backend: BackendKind,
-    /// How.
-    pub params: TransferParams,
+    /// What is timed now.
+    pub setting: ReadSetting,
 }
 
 /// What a calibration found.
@@ -97,9 +97,10 @@ struct Trial {
     family: Family,
     params: TransferParams,
     elapsed_us: Vec<u64>,
-    /// A reason not to try it again.
+    /// It is not tried again.
     failed: bool,
-    finalist: bool,
+    /// It is in the profile, be it good or bad.
+    kept: bool,
 }
 
 impl Trial {
@@ -109,7 +110,7 @@ impl Trial {
             params,
             elapsed_us: Vec::new(),
             failed: false,
-            finalist: false,
+            kept: false,
         }
     }
 
@@ -132,7 +133,7 @@ struct Run<'a> {
     trials: Vec<Trial>,
 }
 
-/// Measures which ways of reading `files` are fastest here, cold and warm: a coarse grid of backends and
+/// Measures which ways of reading `files` are fastest here, cold, half and warm: a coarse grid of backends and
 /// parameters first, then what is near the best, then the best of each in interleaved rounds.
 ///
 /// It reads only, as any user may who owns the files, and always the same part of them, a sample of the
@@ -201,13 +202,23 @@ pub fn calibrate(
             && (is_direct || family.direct == DirectPolicy::Never)
             && (options.mapping.is_some() || family.memory == MemoryKind::Owned)
     };
-    for (cache, percent) in [(CacheState::Cold, COLD_PERCENT), (CacheState::Warm, 100)] {
-        if cache == CacheState::Cold && !is_evictable {
+    for (cache, percent) in [
+        (CacheState::Cold, COLD_PERCENT),
+        (CacheState::Half, HALF_PERCENT),
+        (CacheState::Warm, WARM_PERCENT),
+    ] {
+        if cache != CacheState::Warm && !is_evictable {
             continue;
         }
         let end = options.budget * percent / 100;
         let families: Vec<_> = Family::all(cache).into_iter().filter(works).collect();
-        run.measure_state(&families, platform.cpus, end)?;
+        let always: Vec<_> = options
+            .always
+            .iter()
+            .filter_map(Family::of)
+            .filter(|(family, _)| families.contains(family))
+            .collect();
+        run.measure_state(&families, &always, platform.cpus, end)?;
     }
     run.finish(identity)
 }
@@ -270,13 +281,24 @@ impl Run<'_> {
             .clamp(PILOT_BYTES, MAX_SAMPLE_BYTES))
     }
 
-    /// Measures the families, all of one state, until `end` from the beginning of the run.
-    fn measure_state(&mut self, families: &[Family], cpus: u32, end: Duration) -> Result<()> {
+    /// Measures the families, all of one state, and what is `always` measured of them, until `end` from the
+    /// beginning of the run.
+    fn measure_state(
+        &mut self,
+        families: &[Family],
+        always: &[(Family, TransferParams)],
+        cpus: u32,
+        end: Duration,
+    ) -> Result<()> {
         let begin = self.begun.elapsed();
         let time = end.saturating_sub(begin);
         let until = |percent: u32| begin + time * percent / 100;
-        let first = self.trials.len();
 
+        for &(family, params) in always {
+            if let Some(place) = self.time_new(family, params)? {
+                self.trials[place].kept = true;
+            }
+        }
         // The first settings of all families before the second ones of any: time may run out.
         let coarse: Vec<_> = families.iter().map(|family| family.coarse(cpus)).collect();
         let longest = coarse.iter().map(Vec::len).max().unwrap_or(0);
@@ -285,8 +307,7 @@ impl Run<'_> {
                 if let Some(&params) = settings.get(place)
                     && (place == 0 || self.begun.elapsed() < until(COARSE_PERCENT))
                 {
-                    self.trials.push(Trial::new(family, params));
-                    self.time(self.trials.len() - 1)?;
+                    self.time_new(family, params)?;
                 }
             }
         }
@@ -295,32 +316,42 @@ impl Run<'_> {
                 continue;
             };
             for params in family.neighbours(&self.trials[best].params) {
-                let known = self.trials[first..]
-                    .iter()
-                    .any(|trial| trial.family == family && trial.params == params);
-                if !known && self.begun.elapsed() < until(NEIGHBOURS_PERCENT) {
-                    self.trials.push(Trial::new(family, params));
-                    self.time(self.trials.len() - 1)?;
+                if self.begun.elapsed() < until(NEIGHBOURS_PERCENT) {
+                    self.time_new(family, params)?;
                 }
             }
         }
         let mut finalists = Vec::new();
         for family in self.by_speed(families) {
-            finalists.extend(self.ranked(family).into_iter().take(FINALISTS));
-        }
-        for &place in &finalists {
-            self.trials[place].finalist = true;
+            for (rank, place) in self.ranked(family).into_iter().enumerate() {
+                if rank < FINALISTS || self.trials[place].kept {
+                    self.trials[place].kept = true;
+                    finalists.push(place);
+                }
+            }
         }
         // Each was timed once; a round that cannot be finished favours nobody for long.
         for round in 1..ROUNDS {
-            for place in rotation(finalists.len(), round) {
+            for turn in rotation(finalists.len(), round) {
                 if self.begun.elapsed() >= end {
                     return Ok(());
                 }
-                self.time(finalists[place])?;
+                self.time(finalists[turn])?;
             }
         }
         Ok(())
+    }
+
+    /// Times a setting that was not timed before; its place then.
+    fn time_new(&mut self, family: Family, params: TransferParams) -> Result<Option<usize>> {
+        let is_known = |trial: &Trial| trial.family == family && trial.params == params;
+        if self.trials.iter().any(is_known) {
+            return Ok(None);
+        }
+        let place = self.trials.len();
+        self.trials.push(Trial::new(family, params));
+        self.time(place)?;
+        Ok(Some(place))
     }
 
     /// Families that were timed, the fastest first, without those that are hopeless.
@@ -377,10 +408,7 @@ impl Run<'_> {
             elapsed: self.begun.elapsed(),
             budget: self.budget,
             timed: self.timed,
-            cache: family.cache,
-            memory: family.memory,
-            backend: family.backend,
-            params,
+            setting: family.with(params),
         });
         match self.time_once(family, &params) {
             Ok(elapsed) => {
@@ -429,7 +457,7 @@ impl Run<'_> {
         let mut measurements = Vec::new();
         for (place, trial) in self.trials.iter().enumerate() {
             let is_best = self.ranked(trial.family).first() == Some(&place);
-            if (trial.finalist || is_best) && !trial.elapsed_us.is_empty() && !trial.failed {
+            if (trial.kept || is_best) && !trial.elapsed_us.is_empty() && !trial.failed {
                 measurements.push(Measurement {
                     cache: trial.family.cache,
                     memory: trial.family.memory,
@@ -446,9 +474,11 @@ impl Run<'_> {
             });
         }
         measurements.sort_by_key(|measurement| {
-            let is_warm = measurement.cache == CacheState::Warm;
+            let state = [CacheState::Cold, CacheState::Half, CacheState::Warm]
+                .iter()
+                .position(|&state| state == measurement.cache);
             let is_mapped = measurement.memory == MemoryKind::Mapped;
-            (is_warm, is_mapped, measurement.median_us())
+            (state, is_mapped, measurement.median_us())
         });
         let made_at = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
         Ok(Calibration {

@@ -20,5 +20,6 @@ pub use error::{Error, Result};
 pub use pages::{prepare, prime_memory, require};
 pub use plot::{Bar, BarChart, BarRole, Line, LineChart};
 pub use rounds::rotation;
+pub use settings::ReadSetting;
 pub use statistics::{geometric_mean, median, median_ratio};
 pub use tensora_io::CacheState;

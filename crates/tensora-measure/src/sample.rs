@@ -61,23 +61,26 @@ impl<'a> Sample<'a> {
     }
 
     /// Puts the sample into the state, and nothing else of the files if that can be avoided: eviction is
-    /// of whole files.
+    /// of whole files. The half state is of each extent.
     pub(crate) fn prepare(&self, state: CacheState) -> Result<()> {
+        let (mut wanted_bytes, mut missing_bytes) = (0, 0);
         for (file, extent) in &self.extents {
-            match state {
-                CacheState::Warm => pages::read(file, extent)?,
-                CacheState::Cold | CacheState::Half => pages::evict(file, extent)?,
-            }
+            let cut = match state {
+                CacheState::Cold => 0,
+                CacheState::Half => extent.end / 2 / ALIGN_BYTES * ALIGN_BYTES,
+                CacheState::Warm => extent.end,
+            };
+            pages::evict(file, &(cut..extent.end))?;
+            pages::read(file, &(0..cut))?;
+            wanted_bytes += cut;
+            missing_bytes += cut - pages::resident(file, 0..cut)?;
         }
-        let mut resident_bytes = 0;
-        for (file, extent) in &self.extents {
-            resident_bytes += pages::resident(file, extent.clone())?;
-        }
-        if state == CacheState::Warm && self.bytes - resident_bytes > self.bytes / TOLERATED {
+        if missing_bytes > wanted_bytes / TOLERATED {
             #[allow(clippy::cast_precision_loss)]
             return Err(Error::StateNotMade {
                 state,
-                resident_percent: resident_bytes as f64 * 100.0 / self.bytes.max(1) as f64,
+                resident_percent: (wanted_bytes - missing_bytes) as f64 * 100.0
+                    / self.bytes.max(1) as f64,
                 remedy: "is there enough memory, and does nobody else use these files?",
             });
         }

@@ -25,6 +25,20 @@ pub(crate) struct Family {
     pub(crate) direct: DirectPolicy,
 }
 
+/// A way of reading with its parameters, in a state of the page cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ReadSetting {
+    /// What the page cache holds before.
+    pub cache: CacheState,
+    /// Where the bytes go; mapped memory comes from the mmap backend only.
+    pub memory: MemoryKind,
+    /// Who reads.
+    pub backend: BackendKind,
+    /// How. What is resident is read again in a cold or warm state, and copied in the half one, whatever
+    /// stands here.
+    pub params: TransferParams,
+}
+
 impl Family {
     /// The families of a state, those first that are tried first.
     pub(crate) fn all(cache: CacheState) -> Vec<Self> {
@@ -32,7 +46,7 @@ impl Family {
         use DirectPolicy::{Never, Preferred};
         use MemoryKind::{Mapped, Owned};
         let ways: &[_] = match cache {
-            CacheState::Cold | CacheState::Half => &[
+            CacheState::Cold => &[
                 (Owned, Sync, Preferred),
                 (Owned, IoUring, Preferred),
                 (Owned, Async, Preferred),
@@ -41,6 +55,14 @@ impl Family {
                 (Owned, Mmap, Never),
                 (Owned, IoUring, Never),
                 (Owned, Async, Never),
+            ],
+            CacheState::Half => &[
+                (Owned, Sync, Preferred),
+                (Owned, IoUring, Preferred),
+                (Owned, Async, Preferred),
+                (Mapped, Mmap, Never),
+                (Owned, Sync, Never),
+                (Owned, Mmap, Never),
             ],
             CacheState::Warm => &[
                 (Mapped, Mmap, Never),
@@ -58,6 +80,32 @@ impl Family {
                 direct,
             })
             .collect()
+    }
+
+    /// The family of a setting, and its parameters as all of that family have them; `None` for what is in no
+    /// family, such as mapped memory by another backend.
+    pub(crate) fn of(setting: &ReadSetting) -> Option<(Self, TransferParams)> {
+        let family = Self::all(setting.cache).into_iter().find(|family| {
+            let is_direct = |direct| direct != DirectPolicy::Never;
+            (family.memory, family.backend) == (setting.memory, setting.backend)
+                && is_direct(family.direct) == is_direct(setting.params.direct)
+        })?;
+        let TransferParams {
+            chunk_bytes,
+            queue_depth,
+            workers,
+            ..
+        } = setting.params;
+        Some((family, family.params(chunk_bytes, queue_depth, workers)))
+    }
+
+    pub(crate) const fn with(self, params: TransferParams) -> ReadSetting {
+        ReadSetting {
+            cache: self.cache,
+            memory: self.memory,
+            backend: self.backend,
+            params,
+        }
     }
 
     /// Whether two families could serve the same load, so that one being slower makes it useless.
@@ -168,7 +216,13 @@ impl Family {
             queue_depth,
             workers,
             direct: self.direct,
-            resident: ResidentPolicy::Reread,
+            // Direct reads of what the page cache holds would measure the cold state again.
+            resident: match (self.cache, self.direct) {
+                (CacheState::Half, DirectPolicy::Preferred | DirectPolicy::Required) => {
+                    ResidentPolicy::Copy
+                }
+                _ => ResidentPolicy::Reread,
+            },
         }
     }
 }
@@ -179,7 +233,7 @@ mod tests {
 
     #[test]
     fn every_setting_that_can_be_reached_is_valid() {
-        for cache in [CacheState::Cold, CacheState::Warm] {
+        for cache in [CacheState::Cold, CacheState::Half, CacheState::Warm] {
             for family in Family::all(cache) {
                 for cpus in [1, 2, 64, 4096] {
                     let mut settings = family.coarse(cpus);
@@ -187,7 +241,7 @@ mod tests {
                     let mut place = 0;
                     while let Some(params) = settings.get(place).copied() {
                         params.validate().unwrap();
-                        assert_eq!(params.direct, family.direct);
+                        assert_eq!(Family::of(&family.with(params)), Some((family, params)));
                         for next in family.neighbours(&params) {
                             assert_ne!(next, params);
                             if !settings.contains(&next) {
@@ -200,6 +254,33 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn a_setting_is_made_like_its_family() {
+        let mut setting = ReadSetting {
+            cache: CacheState::Half,
+            memory: MemoryKind::Owned,
+            backend: BackendKind::Sync,
+            params: TransferParams {
+                chunk_bytes: 3 * MIB,
+                queue_depth: 1,
+                workers: 5,
+                direct: DirectPolicy::Required,
+                resident: ResidentPolicy::CopyAndDrop { limit_bytes: 7 },
+            },
+        };
+        let (family, params) = Family::of(&setting).unwrap();
+        assert_eq!(family.direct, DirectPolicy::Preferred);
+        assert_eq!(params.resident, ResidentPolicy::Copy);
+        assert_eq!((params.chunk_bytes, params.workers), (3 * MIB, 5));
+        // Nobody reads directly what is in the page cache anyway, nor maps with threads.
+        setting.cache = CacheState::Warm;
+        assert_eq!(Family::of(&setting), None);
+        setting.params.direct = DirectPolicy::Never;
+        assert!(Family::of(&setting).is_some());
+        setting.memory = MemoryKind::Mapped;
+        assert_eq!(Family::of(&setting), None);
     }
 
     #[test]

@@ -10,10 +10,11 @@ use std::time::Duration;
 
 use tempfile::TempDir;
 use tensora_io::{
-    Availability, BackendKind, CacheState, CancelToken, Control, DirectPolicy, MemoryKind,
-    Platform, Profile, ProfileIdentity, SourceFile, StorageFacts,
+    Availability, BackendKind, CacheState, CancelToken, Control, DirectPolicy, Measurement,
+    MemoryKind, Platform, Profile, ProfileIdentity, ResidentPolicy, SourceFile, StorageFacts,
+    TransferParams,
 };
-use tensora_measure::{CalibrateOptions, Calibration, Error, calibrate};
+use tensora_measure::{CalibrateOptions, Calibration, Error, ReadSetting, calibrate};
 
 const FILE_BYTES: usize = 24 << 20;
 
@@ -114,6 +115,14 @@ fn what_works_here_is_measured_and_what_does_not_is_noted() {
             works && is_evictable,
             "{kind}"
         );
+        if kind != BackendKind::Mmap && is_direct {
+            let half = ways(&calibration, CacheState::Half);
+            assert_eq!(
+                half.contains(&(kind, true)),
+                works && is_evictable,
+                "{kind}"
+            );
+        }
         let reads_direct = works && is_evictable && is_direct && kind != BackendKind::Mmap;
         assert_eq!(cold.contains(&(kind, true)), reads_direct, "{kind}");
         assert!(!warm.contains(&(kind, true)), "{kind}");
@@ -128,7 +137,7 @@ fn each_read_is_announced_and_time_is_used_for_more_rounds() {
     let answer = calibrate(&files, &options, &Control::new(), &mut |progress| {
         assert_eq!(progress.timed, announced);
         assert_eq!(progress.budget, options.budget);
-        progress.params.validate().unwrap();
+        progress.setting.params.validate().unwrap();
         announced += 1;
     });
     if let Err(error @ Error::ResidencyUnknown { .. }) = answer {
@@ -149,6 +158,46 @@ fn the_sample_is_no_larger_than_asked_for() {
     if let Some(calibration) = calibrated(&files, &options) {
         assert!(calibration.sample_bytes <= 38 << 20, "{calibration:?}");
     }
+}
+
+#[test]
+fn what_shall_be_measured_in_any_case_is_in_the_profile() {
+    let (_directory, files) = files();
+    let mut options = lasting(Duration::from_millis(200));
+    // Nobody would try that twice.
+    let slow = ReadSetting {
+        cache: CacheState::Warm,
+        memory: MemoryKind::Owned,
+        backend: BackendKind::Sync,
+        params: TransferParams {
+            chunk_bytes: 4 << 10,
+            queue_depth: 1,
+            workers: 1,
+            direct: DirectPolicy::Never,
+            resident: ResidentPolicy::Reread,
+        },
+    };
+    options.always = vec![slow];
+    let Some(calibration) = calibrated(&files, &options) else {
+        return;
+    };
+    let is_kept = calibration.profile.measurements.iter().any(|measurement| {
+        let Measurement {
+            cache,
+            memory,
+            backend,
+            params,
+            ..
+        } = *measurement;
+        let setting = ReadSetting {
+            cache,
+            memory,
+            backend,
+            params,
+        };
+        setting == slow
+    });
+    assert!(is_kept, "{calibration:?}");
 }
 
 #[test]

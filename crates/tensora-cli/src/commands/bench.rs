@@ -414,7 +414,7 @@ fn verdict(automatic: &str, answer: &Answer, best: &str, ratio: f64) -> String {
         format!("{chosen} was within {percent:.0} % of the best, {best}")
     } else {
         format!(
-            "{chosen} took {percent:.0} % longer than the best, {best}: `tensora calibrate` has the planner know better"
+            "{chosen} took {percent:.0} % longer than the best, {best}; a new profile by `tensora calibrate` may help"
         )
     }
 }

@@ -5,13 +5,13 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use serde::Serialize;
-use tensora::heuristics::{self, MappingConsent, Policy, Workload};
+use tensora::heuristics::{self, MappingConsent, Policy};
 use tensora::io::{
-    CacheState, Control, DirectPolicy, Measurement, Platform, Profile, ProfileFact,
-    ProfileIdentity, ProfileStore, SourceFile,
+    CacheState, Control, DirectPolicy, Measurement, Profile, ProfileFact, ProfileIdentity,
+    ProfileStore, SourceFile,
 };
-use tensora::{BackendKind, Loader, MemoryChoice, MemoryKind, Plan, ProfileChoice};
-use tensora_measure::{CalibrateOptions, CalibrateProgress, Calibration};
+use tensora::{BackendChoice, BackendKind, Loader, MemoryChoice, MemoryKind, Plan, ProfileChoice};
+use tensora_measure::{CalibrateOptions, CalibrateProgress, Calibration, ReadSetting};
 
 use crate::args::CalibrateArgs;
 use crate::mapping::{allow_mapping, permit};
@@ -78,6 +78,9 @@ pub(crate) fn calibrate(arguments: &CalibrateArgs, console: &Console) -> Result<
     let mut options = CalibrateOptions::default();
     options.budget = Duration::from_secs(arguments.budget.into());
     options.mapping = Some(permit());
+    // What is larger than memory can be calibrated with, but not planned for.
+    let plan = checkpoint.plan().ok();
+    options.always = plan.as_ref().map_or_else(Vec::new, constants);
     let activity = Activity::new(console.progress);
     let calibration =
         tensora_measure::calibrate(&files, &options, &Control::new(), &mut |progress| {
@@ -89,11 +92,7 @@ pub(crate) fn calibrate(arguments: &CalibrateArgs, console: &Console) -> Result<
         .map(|store| store.save(&calibration.profile))
         .transpose()
         .map_err(tensora::Error::from)?;
-    // What is larger than memory can be calibrated with, but not planned for.
-    let plans = checkpoint.plan().map_or_else(
-        |_| Vec::new(),
-        |plan| changes(&plan.workload, &plan.platform, &calibration.profile),
-    );
+    let plans = plan.map_or_else(Vec::new, |plan| changes(&plan, &calibration.profile));
     emit(
         &CalibrationResult::new(calibration, path.as_deref(), plans),
         console,
@@ -121,45 +120,84 @@ fn writable_store() -> Result<ProfileStore> {
 }
 
 fn described(progress: &CalibrateProgress) -> String {
-    let CalibrateProgress {
+    let ReadSetting {
         cache,
         memory,
         backend,
         params,
-        ..
-    } = progress;
+    } = progress.setting;
     let chunk = size(params.chunk_bytes);
     let workers = count(params.workers.into(), "worker");
     format!("{cache}, {memory}: {backend} with {workers}, chunks of {chunk}")
 }
 
-/// The plans for this load in each state and with each consent. A plan follows from facts alone, so no
-/// state has to be made for it.
-fn changes(workload: &Workload, platform: &Platform, profile: &Profile) -> Vec<Change> {
-    let plan = |cache: CacheState, mapping: MappingConsent, profile: ProfileFact| {
-        let mut platform = platform.clone();
-        platform.profile = profile;
-        if let Some(storage) = &mut platform.storage {
-            storage.resident_bytes = Some(match cache {
-                CacheState::Cold => 0,
-                CacheState::Half => storage.file_bytes / 2,
-                CacheState::Warm => storage.file_bytes,
-            });
-        }
-        let mut policy = Policy::default();
-        policy.mapping = mapping;
-        let plan = heuristics::plan(workload, &platform, &policy);
-        plan.ok().map(|plan| Strategy::of(&plan))
-    };
-    let mut changes = Vec::new();
-    for cache in [CacheState::Cold, CacheState::Half, CacheState::Warm] {
+const STATES: [CacheState; 3] = [CacheState::Cold, CacheState::Half, CacheState::Warm];
+
+/// The plan for the same load in another state, with another profile and another policy; nothing where it is
+/// refused. A plan follows from facts alone, so no state has to be made for it.
+fn replanned(
+    plan: &Plan,
+    cache: CacheState,
+    profile: ProfileFact,
+    policy: &Policy,
+) -> Option<Plan> {
+    let mut platform = plan.platform.clone();
+    platform.profile = profile;
+    if let Some(storage) = &mut platform.storage {
+        storage.resident_bytes = Some(match cache {
+            CacheState::Cold => 0,
+            CacheState::Half => storage.file_bytes / 2,
+            CacheState::Warm => storage.file_bytes,
+        });
+    }
+    heuristics::plan(&plan.workload, &platform, policy).ok()
+}
+
+/// What the planner does without a profile, whichever backend it is told to use: a profile says something
+/// about that only if it was measured too.
+fn constants(plan: &Plan) -> Vec<ReadSetting> {
+    let named = BackendKind::ALL.map(BackendChoice::Named);
+    let mut settings = Vec::new();
+    for cache in STATES {
         for mapping in [MappingConsent::Granted, MappingConsent::Denied] {
-            let matching = ProfileFact::Matching(Box::new(profile.clone()));
+            for backend in [BackendChoice::Auto].into_iter().chain(named) {
+                let mut policy = Policy::default();
+                policy.mapping = mapping;
+                policy.backend = backend;
+                let Some(plan) = replanned(plan, cache, ProfileFact::NotSought, &policy) else {
+                    continue;
+                };
+                let setting = ReadSetting {
+                    cache,
+                    memory: plan.memory,
+                    backend: plan.backend,
+                    params: plan.params,
+                };
+                if !settings.contains(&setting) {
+                    settings.push(setting);
+                }
+            }
+        }
+    }
+    settings
+}
+
+/// The plans for this load in each state and with each consent, without and with the profile.
+fn changes(plan: &Plan, profile: &Profile) -> Vec<Change> {
+    let mut changes = Vec::new();
+    for cache in STATES {
+        for mapping in [MappingConsent::Granted, MappingConsent::Denied] {
+            let mut policy = Policy::default();
+            policy.mapping = mapping;
+            let strategy = |profile| {
+                let plan = replanned(plan, cache, profile, &policy)?;
+                Some(Strategy::of(&plan))
+            };
             changes.push(Change {
                 cache,
                 mapping,
-                before: plan(cache, mapping, ProfileFact::NotSought),
-                after: plan(cache, mapping, matching),
+                before: strategy(ProfileFact::NotSought),
+                after: strategy(ProfileFact::Matching(Box::new(profile.clone()))),
             });
         }
     }
