@@ -25,8 +25,8 @@ const HALF_PERCENT: u32 = 80;
 const WARM_PERCENT: u32 = 100;
 /// Of the time of a state, per cent until which each family's first settings are tried, and until which
 /// neighbours of the best.
-const COARSE_PERCENT: u32 = 40;
-const NEIGHBOURS_PERCENT: u32 = 60;
+const COARSE_PERCENT: u32 = 35;
+const NEIGHBOURS_PERCENT: u32 = 50;
 /// How often the finalists are timed, if there is time.
 const ROUNDS: usize = 5;
 /// How many settings of a family go into the last rounds.
@@ -101,6 +101,8 @@ struct Trial {
     failed: bool,
     /// It is in the profile, be it good or bad.
     kept: bool,
+    /// It was timed in the last rounds, too.
+    finalist: bool,
 }
 
 impl Trial {
@@ -111,6 +113,7 @@ impl Trial {
             elapsed_us: Vec::new(),
             failed: false,
             kept: false,
+            finalist: false,
         }
     }
 
@@ -293,6 +296,7 @@ impl Run<'_> {
         let begin = self.begun.elapsed();
         let time = end.saturating_sub(begin);
         let until = |percent: u32| begin + time * percent / 100;
+        let timed_before = self.timed;
 
         for &(family, params) in always {
             if let Some(place) = self.time_new(family, params)? {
@@ -325,18 +329,23 @@ impl Run<'_> {
         for family in self.by_speed(families) {
             for (rank, place) in self.ranked(family).into_iter().enumerate() {
                 if rank < FINALISTS || self.trials[place].kept {
-                    self.trials[place].kept = true;
                     finalists.push(place);
                 }
             }
         }
-        // Each was timed once; a round that cannot be finished favours nobody for long.
+        // Of many settings that were timed once, the fastest is one that was lucky. So all finalists are
+        // timed again equally often: no round begins that would not end in time, but the first.
         for round in 1..ROUNDS {
+            let now = self.begun.elapsed();
+            let timed = self.timed.saturating_sub(timed_before).max(1);
+            let round_time =
+                (now - begin) / timed * u32::try_from(finalists.len()).unwrap_or(u32::MAX);
+            if now >= end || (round > 1 && now + round_time > end) {
+                break;
+            }
             for turn in rotation(finalists.len(), round) {
-                if self.begun.elapsed() >= end {
-                    return Ok(());
-                }
                 self.time(finalists[turn])?;
+                self.trials[finalists[turn]].finalist = true;
             }
         }
         Ok(())
@@ -456,8 +465,17 @@ impl Run<'_> {
     fn finish(self, identity: ProfileIdentity) -> Result<Calibration> {
         let mut measurements = Vec::new();
         for (place, trial) in self.trials.iter().enumerate() {
-            let is_best = self.ranked(trial.family).first() == Some(&place);
-            if (trial.kept || is_best) && !trial.elapsed_us.is_empty() && !trial.failed {
+            let best = self.ranked(trial.family).first().copied();
+            let has_finalist = self
+                .trials
+                .iter()
+                .any(|other| other.finalist && other.family == trial.family);
+            // What was timed only once is not set beside what was timed again.
+            let is_best = best == Some(place) && !has_finalist;
+            if (trial.kept || trial.finalist || is_best)
+                && !trial.elapsed_us.is_empty()
+                && !trial.failed
+            {
                 measurements.push(Measurement {
                     cache: trial.family.cache,
                     memory: trial.family.memory,
