@@ -292,6 +292,16 @@ fn mapping_is_weighed_against_reading() {
         // Without consent there is nothing to weigh.
         assert_eq!(auto(&one_shard(), &platform).memory, Owned);
     }
+    // Times of half-resident files beat what cold and warm ones let expect: that would be to map.
+    for (half_owned, half_mapped, memory) in [(3000, 4000, Mapped), (4000, 3000, Owned)] {
+        let mut measurements = rates(2200, 100_000);
+        let mut copied = quiet(Half, THREADS, half_owned);
+        copied.params.resident = ResidentPolicy::Copy;
+        let reread = quiet(Half, THREADS, 9000);
+        measurements.extend([reread, copied, mapped(Half, half_mapped)]);
+        let half = profiled(resident(600), measurements);
+        assert_eq!(with(&one_shard(), &half, consent).memory, memory);
+    }
     let platform = profiled(platform(2), rates(4000, 100_000));
     let plan = with(&one_shard(), &platform, consent);
     assert_eq!(

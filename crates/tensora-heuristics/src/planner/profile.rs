@@ -181,7 +181,7 @@ impl<'a> Case<'a> {
         if self.policy.cache == CacheChoice::Keep || self.is_served() {
             return None;
         }
-        self.comparable().ok()?;
+        let state = self.comparable().ok()?;
         let resident = match self.place {
             Place::Memory => 100,
             _ => self.resident_percent().unwrap_or(0),
@@ -191,16 +191,24 @@ impl<'a> Case<'a> {
             if percent == 0 {
                 return Some(0);
             }
-            let rate = fastest(
-                profile
-                    .measurements
-                    .iter()
-                    .filter(|m| (m.cache, m.memory) == (cache, memory) && self.is_usable(m)),
-            )?
-            .bytes_per_second();
+            let of_kind = profile.measurements.iter().filter(|m| {
+                (m.cache, m.memory) == (cache, memory) && self.is_usable(m) && is_as_planned(m)
+            });
+            let rate = fastest(of_kind)?.bytes_per_second();
             let bytes = u128::from(self.workload.read_bytes) * u128::from(percent) / 100;
             Some(bytes * 1_000_000 / u128::from(rate.max(1)))
         };
+        let half = |memory| share_us(100, CacheState::Half, memory);
+        if state == CacheState::Half
+            && let (Some(mapped_us), Some(owned_us)) =
+                (half(MemoryKind::Mapped), half(MemoryKind::Owned))
+        {
+            return Some(Estimate {
+                mapped_us,
+                owned_us,
+                on: on(profile),
+            });
+        }
         let warm = |memory| share_us(resident, CacheState::Warm, memory);
         let cold = |memory| share_us(100 - resident, CacheState::Cold, memory);
         Some(Estimate {
@@ -256,12 +264,7 @@ impl<'a> Case<'a> {
                 .iter()
                 .filter(|m| (m.cache, m.memory) == (state, memory))
                 .filter(|m| self.is_usable(m) && self.is_wished_for(m))
-                // What was read again from the device is none of a load that copies it.
-                .filter(|m| {
-                    state != CacheState::Half
-                        || !is_direct(m)
-                        || m.params.resident == ResidentPolicy::Copy
-                })
+                .filter(|m| is_as_planned(m))
                 .collect()
         };
         let candidates = of_state(state);
@@ -314,6 +317,14 @@ impl<'a> Case<'a> {
 
 fn is_direct(measurement: &Measurement) -> bool {
     measurement.backend != BackendKind::Mmap && measurement.params.direct != DirectPolicy::Never
+}
+
+/// Whether half-resident files were read as they would be: what was read again from the device is none of a
+/// load that copies it.
+fn is_as_planned(measurement: &Measurement) -> bool {
+    measurement.cache != CacheState::Half
+        || !is_direct(measurement)
+        || measurement.params.resident == ResidentPolicy::Copy
 }
 
 /// The first of those with the highest median rate.
