@@ -89,6 +89,7 @@ mod linux {
     use std::fs::File;
     use std::io::Read;
     use std::path::Path;
+    use std::sync::OnceLock;
 
     use rustix::process::{Resource, getrlimit};
 
@@ -101,13 +102,24 @@ mod linux {
     pub(super) fn complete(platform: &mut Platform) {
         platform.kernel =
             read_text("/proc/sys/kernel/osrelease").map(|release| release.trim().to_owned());
-        platform.processor = read_text("/proc/cpuinfo").and_then(|text| processor(&text));
+        platform.processor = first_processor();
         platform.page_bytes = rustix::param::page_size() as u64;
         platform.huge_pages = read_text("/sys/kernel/mm/transparent_hugepage/enabled")
             .map_or(HugePages::Unknown, |text| parse_huge_pages(&text));
         platform.memory = memory::facts(&mounts::mounts());
         platform.memlock_bytes = getrlimit(Resource::Memlock).current;
         platform.open_files = getrlimit(Resource::Nofile).current;
+    }
+
+    /// The kernel describes every processor anew for each reader, which takes milliseconds where there are
+    /// hundreds. The first is among the first few, and does not change.
+    fn first_processor() -> Option<String> {
+        static MODEL: OnceLock<Option<String>> = OnceLock::new();
+        let path = "/proc/cpuinfo";
+        let of_first = || processor(&read_start(path, 4096)?);
+        // Some architectures name the hardware at the very end.
+        let of_all = || processor(&read_text(path)?);
+        MODEL.get_or_init(|| of_first().or_else(of_all)).clone()
     }
 
     /// x86 names the model, most others the hardware or nothing.
@@ -131,10 +143,15 @@ mod linux {
 
     /// A small file of the kernel, as text. Of one that is too long, the complete lines that fit.
     pub(crate) fn read_text(path: impl AsRef<Path>) -> Option<String> {
+        read_start(path, LONGEST_TEXT_BYTES)
+    }
+
+    /// The complete lines among the first bytes of a file, or all of a shorter one.
+    fn read_start(path: impl AsRef<Path>, limit_bytes: u64) -> Option<String> {
         let mut bytes = Vec::new();
         let file = File::open(path).ok()?;
-        file.take(LONGEST_TEXT_BYTES).read_to_end(&mut bytes).ok()?;
-        if bytes.len() as u64 == LONGEST_TEXT_BYTES {
+        file.take(limit_bytes).read_to_end(&mut bytes).ok()?;
+        if bytes.len() as u64 == limit_bytes {
             let complete = bytes.iter().rposition(|&byte| byte == b'\n').unwrap_or(0);
             bytes.truncate(complete);
         }
@@ -172,6 +189,13 @@ mod linux {
             ] {
                 assert_eq!(parse_huge_pages(text), expected, "{text:?}");
             }
+        }
+
+        #[test]
+        fn the_start_of_cpuinfo_names_the_processor_that_all_of_it_does() {
+            let all = read_text("/proc/cpuinfo").and_then(|text| processor(&text));
+            assert_eq!(first_processor(), all);
+            assert_eq!(first_processor(), all, "remembered");
         }
 
         #[test]
