@@ -6,8 +6,8 @@ use comfy_table::Color;
 use serde::Serialize;
 use tensora::heuristics::PlanError;
 use tensora::io::{
-    Availability, DirectSupport, FileSystemClass, HugePages, MemoryFacts, Platform, SourceFile,
-    StorageFacts,
+    Availability, DirectSupport, FileSystemClass, HugePages, MemoryFacts, Platform, ProfileFact,
+    SourceFile, StorageFacts,
 };
 use tensora::{BackendKind, CheckpointIndex, Format, Loader, MemoryChoice, Plan};
 
@@ -140,8 +140,14 @@ impl Examination {
             .map(|file| SourceFile::open(&file.path))
             .collect::<Result<Vec<_>, _>>()?;
         let facts = StorageFacts::probe(&files.iter().collect::<Vec<_>>());
-        let load = planned(checkpoint.plan())?;
+        let plan = checkpoint.plan();
+        let profile = plan
+            .as_ref()
+            .ok()
+            .and_then(|plan| profile(&plan.platform.profile));
+        let load = planned(plan)?;
         self.add_checkpoint(path.display().to_string(), index, facts);
+        self.findings.extend(profile);
         self.findings.push(load);
         Ok(())
     }
@@ -422,6 +428,31 @@ fn page_cache(facts: &StorageFacts) -> Finding {
             "the system does not tell what it holds of the files",
             "Linux tells only who owns the files or may write to them",
         ),
+    }
+}
+
+/// What was measured of the place; nothing where nobody looked.
+fn profile(fact: &ProfileFact) -> Option<Finding> {
+    const REMEDY: &str = "`tensora calibrate PATH` measures which ways of reading are fastest here";
+    match fact {
+        ProfileFact::NotSought => None,
+        ProfileFact::Absent => Some(Finding::note(
+            "profile",
+            "nothing was measured of this device and file system, so constants decide",
+            REMEDY,
+        )),
+        ProfileFact::Matching(profile) => Some(Finding::ok(
+            "profile",
+            format!(
+                "{} of this machine, device and file system",
+                count(profile.measurements.len() as u64, "measurement")
+            ),
+        )),
+        ProfileFact::Ignored { reason } => Some(Finding::note(
+            "profile",
+            format!("ignored: {reason}"),
+            REMEDY,
+        )),
     }
 }
 

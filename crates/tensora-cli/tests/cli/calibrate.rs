@@ -102,6 +102,8 @@ fn what_was_measured_is_kept_and_found_by_the_next_plan() {
         status_of_profile(cache.path(), &path, &ignoring),
         "not-sought"
     );
+    let doctor = with_cache(cache.path(), args!["doctor", &path]).text();
+    assert!(doctor.contains("measurements of this machine"), "{doctor}");
     let elsewhere = tempfile::tempdir().unwrap();
     assert_eq!(status_of_profile(elsewhere.path(), &path, &[]), "absent");
 }

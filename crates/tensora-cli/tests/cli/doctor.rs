@@ -121,6 +121,7 @@ fn people_get_a_verdict_for_each_item() {
         "file system",
         "direct I/O",
         "page cache",
+        "profile",
         "load",
     ];
     for item in items {
