@@ -1,115 +1,241 @@
 //! What is timed.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
+use tensora::Format;
+use tensora::io::CacheState;
 
-/// On which side of the comparison a case stands.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+use crate::peers::Peers;
+
+/// On which side of the comparisons a case stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum CaseKind {
-    /// Into small buffers used again: the device's ceiling, for orientation.
+    /// The device into small buffers used again: what it delivers when memory costs nothing.
     Ceiling,
-    /// A hand-written read into kept huge pages: what loads are measured against.
-    Raw,
-    /// A load by Tensora, owned memory.
-    Owned,
-    /// A load by Tensora, mapped memory.
-    Mapped,
+    /// Processors copying as many bytes into fresh huge pages.
+    Memcpy,
+    /// Mapping and populating whole files, and nothing else.
+    RawMapping,
+    /// The planner's choice, owned memory.
+    Automatic,
+    /// The planner's choice, which may map.
+    AutomaticMapping,
+    /// A backend that was named, owned memory.
+    Explicit,
+    /// A backend that was named, mapped memory.
+    ExplicitMapped,
+    /// Somebody else's reader, which copies.
+    OwnedPeer,
+    /// Somebody else's reader, which maps.
+    MappedPeer,
 }
 
 /// One way of reading a checkpoint.
 #[derive(Clone, Debug)]
 pub struct Case {
-    /// How it is called in tables.
-    pub name: String,
+    /// How it is called on the command line and in tables.
+    pub name: &'static str,
     /// On which side it stands.
     pub kind: CaseKind,
-    arguments: Vec<String>,
+    program: Program,
 }
 
+#[derive(Clone, Copy, Debug)]
+enum Program {
+    /// The loader, with this memory and backend.
+    Load(&'static str, &'static str),
+    /// A mode of `timed` that takes files.
+    Timed(&'static str),
+    /// A mode of `raw_read`.
+    RawRead(&'static str),
+    Memcpy,
+    /// A Python package.
+    Python(&'static str),
+}
+
+/// The planner's choice, owned memory.
+pub(crate) const AUTO: &str = "auto";
+/// The same once more: how far its median is from the other's is the noise of the cell.
+pub(crate) const AUTO_AGAIN: &str = "auto-again";
+/// The planner's choice, which may map.
+pub(crate) const AUTO_MAPPING: &str = "auto-mapping";
+pub(crate) const RAW_MAP: &str = "raw-map";
+pub(crate) const MEMCPY: &str = "memcpy";
+pub(crate) const FS_READ: &str = "fs-read";
+pub(crate) const MEMMAP2: &str = "memmap2";
+pub(crate) const PY_SAFETENSORS: &str = "py-safetensors";
+pub(crate) const PY_FASTSAFETENSORS: &str = "py-fastsafetensors";
+
+const CASES: &[Case] = {
+    use CaseKind as Kind;
+    use Program as By;
+    const fn case(name: &'static str, kind: CaseKind, program: Program) -> Case {
+        Case {
+            name,
+            kind,
+            program,
+        }
+    }
+    &[
+        case(
+            "ceiling-threads",
+            Kind::Ceiling,
+            By::RawRead("ceiling-threads"),
+        ),
+        case("ceiling-rings", Kind::Ceiling, By::RawRead("ceiling-rings")),
+        case(MEMCPY, Kind::Memcpy, By::Memcpy),
+        case(RAW_MAP, Kind::RawMapping, By::Timed("raw-map")),
+        case(AUTO, Kind::Automatic, By::Load("owned", "auto")),
+        case("sync", Kind::Explicit, By::Load("owned", "sync")),
+        case("async", Kind::Explicit, By::Load("owned", "async")),
+        case("io-uring", Kind::Explicit, By::Load("owned", "io-uring")),
+        case("mmap", Kind::Explicit, By::Load("owned", "mmap")),
+        case(AUTO_AGAIN, Kind::Automatic, By::Load("owned", "auto")),
+        case(
+            AUTO_MAPPING,
+            Kind::AutomaticMapping,
+            By::Load("auto", "auto"),
+        ),
+        case(
+            "mmap-mapped",
+            Kind::ExplicitMapped,
+            By::Load("mapped", "mmap"),
+        ),
+        case(FS_READ, Kind::OwnedPeer, By::Timed("fs-read")),
+        case(MEMMAP2, Kind::MappedPeer, By::Timed("memmap2")),
+        case(PY_SAFETENSORS, Kind::MappedPeer, By::Python("safetensors")),
+        case(
+            "py-runai",
+            Kind::OwnedPeer,
+            By::Python("runai-model-streamer"),
+        ),
+        case(
+            PY_FASTSAFETENSORS,
+            Kind::OwnedPeer,
+            By::Python("fastsafetensors"),
+        ),
+    ]
+};
+
 /// What the process printed about itself.
-#[derive(Clone, Copy, Debug, Deserialize)]
+#[derive(Clone, Debug, Deserialize)]
 pub(crate) struct Printed {
     pub(crate) elapsed_seconds: f64,
+    pub(crate) touched_seconds: Option<f64>,
     pub(crate) data_bytes: u64,
-    pub(crate) peak_resident_bytes: u64,
+    pub(crate) peak_resident_bytes: Option<u64>,
+    pub(crate) xor: Option<u8>,
+    pub(crate) choice: Option<String>,
+}
+
+/// What a case is run on.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Target<'a> {
+    pub(crate) checkpoint: &'a Path,
+    pub(crate) files: &'a [&'a Path],
+    pub(crate) data_bytes: u64,
+}
+
+impl CaseKind {
+    /// Whether it loads tensors, as opposed to whole files or nothing.
+    pub(crate) fn loads_tensors(self) -> bool {
+        !matches!(self, Self::Ceiling | Self::Memcpy | Self::RawMapping)
+    }
+
+    /// Whether it is Tensora's, into owned memory.
+    pub(crate) fn is_ours_and_owned(self) -> bool {
+        matches!(self, Self::Automatic | Self::Explicit)
+    }
+
+    /// Whether its destination is memory of its own, as large as the data.
+    pub(crate) fn fills_memory(self) -> bool {
+        matches!(
+            self,
+            Self::Memcpy
+                | Self::Automatic
+                | Self::AutomaticMapping
+                | Self::Explicit
+                | Self::OwnedPeer
+        )
+    }
 }
 
 impl Case {
-    /// The raw reads, and Tensora with every backend named, left to itself, and allowed to map.
-    pub fn all() -> Vec<Self> {
-        let case = |name: &str, kind, arguments: &[&str]| Self {
-            name: name.to_owned(),
-            kind,
-            arguments: arguments.iter().map(|&word| word.to_owned()).collect(),
-        };
-        vec![
-            case("ceiling", CaseKind::Ceiling, &["ceiling"]),
-            case("raw threads", CaseKind::Raw, &["threads"]),
-            case("raw rings", CaseKind::Raw, &["rings"]),
-            case("auto", CaseKind::Owned, &["--memory", "owned"]),
-            case(
-                "sync",
-                CaseKind::Owned,
-                &["--memory", "owned", "--backend", "sync"],
-            ),
-            case(
-                "async",
-                CaseKind::Owned,
-                &["--memory", "owned", "--backend", "async"],
-            ),
-            case(
-                "io-uring",
-                CaseKind::Owned,
-                &["--memory", "owned", "--backend", "io-uring"],
-            ),
-            case(
-                "mmap",
-                CaseKind::Owned,
-                &["--memory", "owned", "--backend", "mmap"],
-            ),
-            case(
-                "auto, mapping allowed",
-                CaseKind::Mapped,
-                &["--memory", "auto"],
-            ),
-        ]
+    /// Every case, in the order of tables; those of Python packages too.
+    pub const fn all() -> &'static [Self] {
+        CASES
     }
 
-    /// Runs it once, as a process of its own.
+    /// The Python package that it needs.
+    pub fn package(&self) -> Option<&'static str> {
+        match self.program {
+            Program::Python(package) => Some(package),
+            _ => None,
+        }
+    }
+
+    /// Whether it says anything about a checkpoint of this format in this state.
+    pub(crate) fn applies_to(&self, format: Format, state: CacheState) -> bool {
+        match self.kind {
+            CaseKind::Ceiling => state == CacheState::Cold,
+            CaseKind::Memcpy | CaseKind::RawMapping => state == CacheState::Warm,
+            CaseKind::OwnedPeer | CaseKind::MappedPeer => format == Format::Safetensors,
+            _ => true,
+        }
+    }
+
+    /// Runs it once, as a process of its own; `programs` is the folder of the examples.
     pub(crate) fn run(
         &self,
         programs: &Path,
-        checkpoint: &Path,
-        files: &[PathBuf],
+        peers: Option<&Peers>,
+        target: Target<'_>,
     ) -> Result<Printed> {
-        let mut command;
-        match self.kind {
-            CaseKind::Ceiling | CaseKind::Raw => {
-                command = Command::new(programs.join("examples").join("raw_read"));
-                command.args(&self.arguments).args(files);
-            }
-            CaseKind::Owned | CaseKind::Mapped => {
-                command = Command::new(programs.join("tensora"));
+        let mut command = Command::new(programs.join("timed"));
+        match self.program {
+            Program::Load(memory, backend) => {
                 command
-                    .arg("load")
-                    .arg(checkpoint)
-                    .arg("--json")
-                    .args(&self.arguments);
+                    .args(["load", memory, backend])
+                    .arg(target.checkpoint);
+            }
+            Program::Timed(mode) => {
+                command.arg(mode).args(target.files);
+            }
+            Program::RawRead(mode) => {
+                command = Command::new(programs.join("raw_read"));
+                command.arg(mode).args(target.files);
+            }
+            Program::Memcpy => {
+                command.args(["memcpy", &target.data_bytes.to_string()]);
+            }
+            Program::Python(package) => {
+                command = peers
+                    .context("the Python packages were not asked for")?
+                    .command(package);
+                command.args(target.files);
             }
         }
         let output = command
             .output()
-            .with_context(|| format!("start {command:?}"))?;
+            .with_context(|| format!("start {}", command.get_program().display()))?;
         if !output.status.success() {
             bail!(
-                "{command:?} failed: {}",
-                String::from_utf8_lossy(&output.stderr).trim()
+                "{}: {}",
+                output.status,
+                last_line(&String::from_utf8_lossy(&output.stderr))
             );
         }
-        serde_json::from_slice(&output.stdout).with_context(|| format!("what {command:?} printed"))
+        let text = String::from_utf8_lossy(&output.stdout);
+        // Packages may print what they like before.
+        serde_json::from_str(last_line(&text))
+            .with_context(|| format!("what {} printed: {:?}", self.name, last_line(&text)))
     }
+}
+
+pub(crate) fn last_line(text: &str) -> &str {
+    text.trim().lines().next_back().unwrap_or_default()
 }

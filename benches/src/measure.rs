@@ -5,12 +5,14 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use tensora::CheckpointIndex;
+use tensora::io::{CacheState, Platform, SourceFile};
+use tensora_measure::{prime_memory, require};
 
-use crate::case::{Case, CaseKind};
-use crate::pages::{self, CacheState};
-use crate::report::{Cell, Host, OpenTimes, Run, Sample};
+use crate::case::{Case, CaseKind, Printed, Target};
+use crate::peers::Peers;
+use crate::run::{Cell, Failure, Sample};
 
-/// A checkpoint to be loaded.
+/// A checkpoint to be measured.
 #[derive(Clone, Debug)]
 pub struct Subject {
     /// Name of the preset.
@@ -19,136 +21,179 @@ pub struct Subject {
     pub path: PathBuf,
 }
 
-/// What to measure.
+/// How to measure.
 #[derive(Clone, Debug)]
 pub struct Bench {
-    /// Checkpoints to load, each cold and warm.
-    pub loads: Vec<Subject>,
-    /// Checkpoints to open only: their metadata is read, again and again.
-    pub opens: Vec<Subject>,
+    /// Folder with the release builds of the examples `timed` and `raw_read`.
+    pub programs: PathBuf,
+    /// The Python packages, where they shall be measured too.
+    pub peers: Option<Peers>,
+    /// What to time; [`Case::all`] or some of it.
+    pub cases: Vec<Case>,
     /// How often each case is timed; at least 1.
     pub rounds: u32,
-    /// No further round of a cell is begun when this is over; each cell has one round at least.
-    pub budget: Option<Duration>,
-    /// Folder with the release build of `tensora` and of the example `raw_read`.
-    pub programs: PathBuf,
-    /// The command line that reproduces the run.
-    pub command: String,
 }
 
-/// Measures everything, telling `say` how far it is.
-///
-/// # Errors
-///
-/// When a program fails, a checkpoint cannot be opened, or a state of the page cache cannot be made.
-pub fn run(bench: &Bench, say: &mut dyn FnMut(&str)) -> Result<Run> {
-    let begun = Instant::now();
-    let cases = Case::all();
-    let mut cells = Vec::new();
-    for subject in &bench.loads {
-        for state in [CacheState::Cold, CacheState::Warm] {
-            let over = || bench.budget.is_some_and(|budget| begun.elapsed() > budget);
-            cells.push(measure_cell(bench, subject, state, &cases, &over, say)?);
-        }
-    }
-    let mut opens = Vec::new();
-    for subject in &bench.opens {
-        say(&format!("{}: opening", subject.preset));
-        opens.push(measure_open(subject, bench.rounds)?);
-    }
-    Ok(Run {
-        host: Host::here(
-            bench
-                .loads
-                .first()
-                .or(bench.opens.first())
-                .map(|s| s.path.as_path()),
-        ),
-        command: bench.command.clone(),
-        rounds: bench.rounds,
-        cells,
-        opens,
-    })
-}
+/// What the source of a memory copy takes beside its target.
+const MEMCPY_SOURCE_BYTES: u64 = 1 << 30;
 
-fn measure_cell(
-    bench: &Bench,
-    subject: &Subject,
-    state: CacheState,
-    cases: &[Case],
-    over: &dyn Fn() -> bool,
-    say: &mut dyn FnMut(&str),
-) -> Result<Cell> {
-    let index = CheckpointIndex::open(&subject.path)?;
-    let files: Vec<_> = index.files().iter().map(|file| file.path.clone()).collect();
-    let file_bytes: u64 = index.files().iter().map(|file| file.bytes).sum();
-    let mut samples = Vec::new();
-    for round in 0..bench.rounds {
-        if round > 0 && over() {
-            break;
-        }
-        for step in 0..cases.len() {
-            // Each round begins with another case, so that none always follows the same one.
-            let number = (step + round as usize) % cases.len();
-            let case = &cases[number];
-            if state == CacheState::Warm && case.kind == CaseKind::Ceiling {
-                continue;
-            }
-            // What the destination takes, and what the page cache takes of a buffered read.
-            pages::prime_memory(file_bytes.saturating_mul(2))?;
-            pages::prepare_for_timing(&files, state)?;
-            let printed = case.run(&bench.programs, &subject.path, &files)?;
-            ensure!(
-                printed.data_bytes >= index.data_bytes(),
-                "{} read {} bytes of {}",
-                case.name,
-                printed.data_bytes,
-                index.data_bytes()
-            );
-            say(&format!(
-                "{} {} {state}, round {} of {}: {} {:.3} s",
-                subject.preset,
-                index.format(),
-                round + 1,
-                bench.rounds,
-                case.name,
-                printed.elapsed_seconds
-            ));
-            samples.push(Sample {
-                case: case.name.clone(),
-                kind: case.kind,
-                round,
-                elapsed_seconds: printed.elapsed_seconds,
-                peak_resident_bytes: printed.peak_resident_bytes,
-            });
-        }
-    }
-    Ok(Cell {
-        preset: subject.preset.clone(),
-        format: index.format(),
-        state,
-        data_bytes: index.data_bytes(),
-        file_bytes,
-        samples,
-    })
-}
-
-fn measure_open(subject: &Subject, rounds: u32) -> Result<OpenTimes> {
-    let mut elapsed_seconds = Vec::new();
-    let mut tensor_count = 0;
-    for _ in 0..rounds.max(1) {
+impl Bench {
+    /// Measures one checkpoint in one state, telling `say` how far it is. With a limit, no round is begun
+    /// that would probably not be over in time; there is one round at least.
+    ///
+    /// Where a state of the page cache cannot be made, the cell says so and has fewer samples or none. A
+    /// case that fails is recorded, and left out of the rounds that follow.
+    ///
+    /// # Errors
+    ///
+    /// When the checkpoint cannot be opened, or a case gives other tensors than the others.
+    pub fn measure_cell(
+        &self,
+        subject: &Subject,
+        state: CacheState,
+        limit: Option<Duration>,
+        say: &mut dyn FnMut(&str),
+    ) -> Result<Cell> {
+        let index = CheckpointIndex::open(&subject.path)
+            .with_context(|| format!("open {}", subject.path.display()))?;
+        let paths: Vec<&Path> = index
+            .files()
+            .iter()
+            .map(|file| file.path.as_path())
+            .collect();
+        let files = paths
+            .iter()
+            .map(|&path| SourceFile::open(path))
+            .collect::<Result<Vec<_>, _>>()?;
+        let target = Target {
+            checkpoint: &subject.path,
+            files: &paths,
+            data_bytes: index.data_bytes(),
+        };
+        let mut cell = Cell {
+            preset: subject.preset.clone(),
+            format: index.format(),
+            state,
+            data_bytes: index.data_bytes(),
+            file_bytes: files.iter().map(SourceFile::len).sum(),
+            file_count: files.len(),
+            rounds: 0,
+            samples: Vec::new(),
+            failures: Vec::new(),
+            cut_short: None,
+        };
+        let mut cases: Vec<&Case> = self
+            .cases
+            .iter()
+            .filter(|case| case.applies_to(cell.format, state))
+            .collect();
         let begun = Instant::now();
-        let index = open(&subject.path)?;
-        elapsed_seconds.push(begun.elapsed().as_secs_f64());
-        tensor_count = index.tensors().len();
+        let mut xor = None;
+        for round in 0..self.rounds.max(1) {
+            let round_begun = Instant::now();
+            cell.rounds = round + 1;
+            // Each round begins with another case, so that none always follows the same one.
+            let mut order = cases.clone();
+            let first = round as usize % order.len().max(1);
+            order.rotate_left(first);
+            for case in order {
+                if let Err(error) = make_ready(case.kind, &cell, &files) {
+                    cell.cut_short = Some(format!("{}: {error}", case.name));
+                    return Ok(cell);
+                }
+                let printed = match case.run(&self.programs, self.peers.as_ref(), target) {
+                    Ok(printed) => printed,
+                    Err(error) => {
+                        say(&format!("{}: {error:#}", case.name));
+                        cell.failures.push(Failure {
+                            case: case.name.to_owned(),
+                            kind: case.kind,
+                            reason: format!("{error:#}"),
+                        });
+                        cases.retain(|other| other.name != case.name);
+                        continue;
+                    }
+                };
+                check(case, &printed, &cell, &mut xor)?;
+                say(&format!(
+                    "{} {} {state}, round {} of {}: {} {:.3} s",
+                    cell.preset,
+                    cell.format,
+                    round + 1,
+                    self.rounds,
+                    case.name,
+                    printed.elapsed_seconds,
+                ));
+                cell.samples.push(Sample {
+                    case: case.name.to_owned(),
+                    kind: case.kind,
+                    round,
+                    elapsed_seconds: printed.elapsed_seconds,
+                    touched_seconds: printed.touched_seconds,
+                    peak_resident_bytes: printed.peak_resident_bytes,
+                    choice: printed.choice,
+                });
+            }
+            let next_ends = begun.elapsed() + round_begun.elapsed();
+            if limit.is_some_and(|limit| next_ends > limit) {
+                break;
+            }
+        }
+        Ok(cell)
     }
-    Ok(OpenTimes {
-        preset: subject.preset.clone(),
-        tensor_count,
-        elapsed_seconds,
-    })
 }
 
-fn open(path: &Path) -> Result<CheckpointIndex> {
-    CheckpointIndex::open(path).with_context(|| format!("open {}", path.display()))
+/// The page cache in its state, and memory that the case is going to need fresh in the machine's hands.
+fn make_ready(kind: CaseKind, cell: &Cell, files: &[SourceFile]) -> tensora_measure::Result<()> {
+    if kind == CaseKind::Memcpy {
+        // It reads no file. Where its memory is only to be had from the page cache, that is taken before, not
+        // while time runs.
+        return prime_memory(cell.data_bytes + MEMCPY_SOURCE_BYTES);
+    }
+    require(files, cell.state)?;
+    let resident_bytes: u64 = files
+        .iter()
+        .filter_map(|file| file.resident_bytes(0..file.len()))
+        .sum();
+    // What the case is going to bring into the page cache comes out of free memory too.
+    let mut needed_bytes = cell.file_bytes.saturating_sub(resident_bytes);
+    if kind.fills_memory() {
+        needed_bytes += cell.data_bytes;
+    }
+    let usable_bytes = Platform::probe()
+        .memory
+        .usable_bytes()
+        .map_or(u64::MAX, |(usable_bytes, _)| usable_bytes);
+    // Priming must not push out the very pages that shall be resident. What a case then takes from the page
+    // cache needs no priming: it is in use.
+    let needed_bytes = needed_bytes.min(usable_bytes.saturating_sub(resident_bytes));
+    if kind != CaseKind::Ceiling && needed_bytes > 0 {
+        prime_memory(needed_bytes)?;
+        require(files, cell.state)?;
+    }
+    Ok(())
+}
+
+/// All loads of a cell give the same tensors, as far as their length and the exclusive or of their bytes tell.
+fn check(case: &Case, printed: &Printed, cell: &Cell, xor: &mut Option<u8>) -> Result<()> {
+    let wanted = if case.kind.loads_tensors() || case.kind == CaseKind::Memcpy {
+        cell.data_bytes
+    } else {
+        cell.file_bytes
+    };
+    ensure!(
+        printed.data_bytes == wanted,
+        "{} read {} bytes, not {wanted}",
+        case.name,
+        printed.data_bytes,
+    );
+    if case.kind.loads_tensors() && printed.xor.is_some() {
+        ensure!(
+            xor.is_none() || *xor == printed.xor,
+            "{} loaded other bytes than the cases before it",
+            case.name
+        );
+        *xor = printed.xor;
+    }
+    Ok(())
 }

@@ -6,8 +6,8 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 use clap::Args;
 use serde::Deserialize;
-use tensora_benches::CacheState;
 use tensora_formats::{CheckpointIndex, Format};
+use tensora_io::{CacheState, SourceFile};
 
 use crate::{fixtures, presets, programs};
 
@@ -55,7 +55,7 @@ impl DemoArguments {
             )
         })?;
         println!("Building the tensora command …");
-        let tensora = programs::build()?.join("tensora");
+        let tensora = programs::build_command()?.join("tensora");
         let folder = self
             .fixtures
             .clone()
@@ -95,12 +95,16 @@ fn show(tensora: &Path, checkpoint: &Path) -> Result<Vec<String>> {
         "asked for", "cached", "backend", "memory", "direct", "seconds", "GB/s"
     );
     let index = CheckpointIndex::open(checkpoint)?;
-    let files: Vec<_> = index.files().iter().map(|file| file.path.clone()).collect();
+    let files = index
+        .files()
+        .iter()
+        .map(|file| SourceFile::open(&file.path))
+        .collect::<Result<Vec<_>, _>>()?;
     let mut digests = Vec::new();
     for state in [CacheState::Cold, CacheState::Warm] {
         for choice in ["auto", "sync", "async", "io-uring", "mmap"] {
-            tensora_benches::prime_memory(index.data_bytes().saturating_mul(2))?;
-            let share = tensora_benches::prepare(&files, state)?;
+            tensora_measure::prime_memory(index.data_bytes().saturating_mul(2))?;
+            let share = tensora_measure::prepare(&files, state)?;
             let loaded = load(tensora, checkpoint, choice)?;
             println!(
                 "{choice:<10} {:>5.1} % {:<9} {:<7} {:<7} {:>9.3} {:>8.2}  {}…",

@@ -30,6 +30,9 @@ enum Family {
     SmolLm3,
     /// Its repositories hold the tensors twice: in shards, and in `consolidated.safetensors`.
     Mistral,
+    /// Latent attention, weights of one byte with scales beside them, experts that are always on, and a
+    /// layer that predicts a further token: a decoder of its own, see [`Preset::deepseek`].
+    DeepSeekV3,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -55,6 +58,8 @@ struct Extra {
 /// The sizes at which the published repositories were split.
 const SHARDS_OF_4_GB: u64 = 4_000_000_000;
 const SHARDS_OF_5_GB: u64 = 5_000_000_000;
+/// The published repository has 163 shards; at this size the same tensors, in the order of the layers, fill as many.
+const SHARDS_OF_DEEPSEEK_V3: u64 = 4_250_000_000;
 
 const QWEN3_VOCAB: u64 = 151_936;
 
@@ -269,6 +274,23 @@ pub const PRESETS: &[Preset] = &[
         extras: &[],
         shard_bytes: SHARDS_OF_4_GB,
     },
+    Preset {
+        name: "deepseek-v3",
+        family: Family::DeepSeekV3,
+        layers: 61,
+        hidden: 7168,
+        heads: 128,
+        kv_heads: 128,
+        head_dim: 128,
+        vocab: 129_280,
+        feed_forward: FeedForward::Experts {
+            count: 256,
+            intermediate: 2048,
+        },
+        lm_head: LmHead::Stored,
+        extras: &[],
+        shard_bytes: SHARDS_OF_DEEPSEEK_V3,
+    },
 ];
 
 /// The preset called `name`.
@@ -339,7 +361,10 @@ const MISTRAL: Names = Names {
 impl Preset {
     /// The tensors in the order of the model's layers, which is also the order of its shards.
     pub fn tensors(&self) -> Vec<TensorSpec> {
-        let mut tensors = self.decoder(&TRANSFORMERS);
+        let mut tensors = match self.family {
+            Family::DeepSeekV3 => self.deepseek(),
+            _ => self.decoder(&TRANSFORMERS),
+        };
         tensors.extend(self.extras.iter().map(|extra| TensorSpec {
             name: extra.name.to_owned(),
             dtype: extra.dtype,
@@ -418,6 +443,102 @@ impl Preset {
         tensors
     }
 
+    /// The decoder of DeepSeek-V3. Names, shapes and dtypes follow its published configuration; how its tensors
+    /// are spread over shards is only about the same.
+    fn deepseek(&self) -> Vec<TensorSpec> {
+        const QUERY_RANK: u64 = 1536;
+        const KEY_VALUE_RANK: u64 = 512;
+        const ROTARY_DIM: u64 = 64;
+        /// The first layers have no experts.
+        const DENSE_LAYERS: u64 = 3;
+        const DENSE_INTERMEDIATE: u64 = 18_432;
+        /// Each square of so many weights has a scale.
+        const SCALED: u64 = 128;
+
+        let mut tensors = Vec::new();
+        let mut add = |name: String, dtype: Dtype, shape: &[u64]| {
+            let shape = shape.to_vec();
+            tensors.push(TensorSpec { name, dtype, shape });
+        };
+        let (hidden, vocab) = (self.hidden, self.vocab);
+        let FeedForward::Experts {
+            count,
+            intermediate,
+        } = self.feed_forward
+        else {
+            return tensors;
+        };
+        let queries = self.heads * (self.head_dim + ROTARY_DIM);
+        let keys_and_values = self.heads * 2 * self.head_dim;
+
+        add(
+            "model.embed_tokens.weight".into(),
+            Dtype::BF16,
+            &[vocab, hidden],
+        );
+        // The layer after the last predicts the token after the next.
+        for layer in 0..=self.layers {
+            let at = |part: &str| format!("model.layers.{layer}.{part}");
+            if layer == self.layers {
+                add(at("embed_tokens.weight"), Dtype::BF16, &[vocab, hidden]);
+                add(at("enorm.weight"), Dtype::BF16, &[hidden]);
+                add(at("hnorm.weight"), Dtype::BF16, &[hidden]);
+                add(at("eh_proj.weight"), Dtype::BF16, &[hidden, 2 * hidden]);
+                add(at("shared_head.norm.weight"), Dtype::BF16, &[hidden]);
+                add(at("shared_head.head.weight"), Dtype::BF16, &[vocab, hidden]);
+            }
+            for (norm, width) in [
+                ("input_layernorm", hidden),
+                ("post_attention_layernorm", hidden),
+                ("self_attn.q_a_layernorm", QUERY_RANK),
+                ("self_attn.kv_a_layernorm", KEY_VALUE_RANK),
+            ] {
+                add(at(&format!("{norm}.weight")), Dtype::BF16, &[width]);
+            }
+            let mut quantised = vec![
+                ("self_attn.q_a_proj".to_owned(), [QUERY_RANK, hidden]),
+                ("self_attn.q_b_proj".to_owned(), [queries, QUERY_RANK]),
+                (
+                    "self_attn.kv_a_proj_with_mqa".to_owned(),
+                    [KEY_VALUE_RANK + ROTARY_DIM, hidden],
+                ),
+                (
+                    "self_attn.kv_b_proj".to_owned(),
+                    [keys_and_values, KEY_VALUE_RANK],
+                ),
+                (
+                    "self_attn.o_proj".to_owned(),
+                    [hidden, self.heads * self.head_dim],
+                ),
+            ];
+            let mut add_mlp = |block: &str, intermediate: u64| {
+                quantised.extend([
+                    (format!("{block}.gate_proj"), [intermediate, hidden]),
+                    (format!("{block}.up_proj"), [intermediate, hidden]),
+                    (format!("{block}.down_proj"), [hidden, intermediate]),
+                ]);
+            };
+            if layer < DENSE_LAYERS {
+                add_mlp("mlp", DENSE_INTERMEDIATE);
+            } else {
+                for expert in 0..count {
+                    add_mlp(&format!("mlp.experts.{expert}"), intermediate);
+                }
+                add_mlp("mlp.shared_experts", intermediate);
+                add(at("mlp.gate.weight"), Dtype::BF16, &[count, hidden]);
+                add(at("mlp.gate.e_score_correction_bias"), Dtype::F32, &[count]);
+            }
+            for (name, shape) in quantised {
+                add(at(&format!("{name}.weight")), Dtype::F8E4M3, &shape);
+                let scales = shape.map(|length| length.div_ceil(SCALED));
+                add(at(&format!("{name}.weight_scale_inv")), Dtype::F32, &scales);
+            }
+        }
+        add("model.norm.weight".into(), Dtype::BF16, &[hidden]);
+        add("lm_head.weight".into(), Dtype::BF16, &[vocab, hidden]);
+        tensors
+    }
+
     /// The `config.json` that stands beside the tensors.
     pub fn config(&self) -> Value {
         let (architecture, model_type) = match (self.family, self.feed_forward) {
@@ -425,6 +546,7 @@ impl Preset {
             (Family::Qwen3, FeedForward::Experts { .. }) => ("Qwen3MoeForCausalLM", "qwen3_moe"),
             (Family::SmolLm3, _) => ("SmolLM3ForCausalLM", "smollm3"),
             (Family::Mistral, _) => ("MistralForCausalLM", "mistral"),
+            (Family::DeepSeekV3, _) => ("DeepseekV3ForCausalLM", "deepseek_v3"),
         };
         let mut config = json!({
             "architectures": [architecture],
@@ -506,10 +628,24 @@ mod tests {
             .filter(|preset| preset.name.starts_with("tiny"))
             .count();
         assert_eq!(
-            PUBLISHED.len() + tiny,
+            // DeepSeek-V3's are held by a test of their own.
+            PUBLISHED.len() + tiny + 1,
             PRESETS.len(),
             "a preset without published numbers"
         );
+    }
+
+    #[test]
+    fn deepseek_has_as_many_tensors_and_shards_as_published() {
+        let preset = find("deepseek-v3").unwrap();
+        let tensors = preset.tensors();
+        assert_eq!((tensors.len(), shards(preset)), (91_991, 163));
+        let names: HashSet<_> = tensors.iter().map(|spec| &spec.name).collect();
+        assert_eq!(names.len(), tensors.len(), "a name stands twice");
+        // 671 billion parameters in the model, and 14 billion in the layer that predicts one token more.
+        let weights = tensors.iter().filter(|spec| spec.dtype != Dtype::F32);
+        let parameters: u64 = weights.map(|spec| spec.shape.iter().product::<u64>()).sum();
+        assert_eq!(parameters / 1_000_000_000, 684);
     }
 
     #[test]
