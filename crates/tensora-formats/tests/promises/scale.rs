@@ -59,7 +59,10 @@ fn parse_headers_with_reference(directory: &Directory) -> usize {
             serde_json::from_slice(&header).unwrap()
         })
         .collect();
-    shards.iter().map(|shard| shard.data_len()).sum()
+    shards
+        .iter()
+        .map(safetensors::tensor::Metadata::data_len)
+        .sum()
 }
 
 #[test]
