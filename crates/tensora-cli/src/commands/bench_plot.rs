@@ -46,8 +46,10 @@ pub(super) fn is_html(path: &Path) -> bool {
 }
 
 fn title(comparison: &Comparison) -> String {
+    // Of `.`, the directory's own name.
     let path = Path::new(&comparison.path);
-    let name = path.file_name().map_or_else(
+    let whole = fs::canonicalize(path);
+    let name = whole.as_deref().unwrap_or(path).file_name().map_or_else(
         || comparison.path.clone(),
         |name| name.to_string_lossy().into_owned(),
     );
