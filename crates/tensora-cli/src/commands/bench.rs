@@ -227,6 +227,9 @@ impl<'a> Bench<'a> {
     /// Runs rounds while there is time, at least one; how many.
     fn run(&mut self, begun: Instant, activity: &Activity) -> Result<u32> {
         let budget = Duration::from_secs(self.arguments.budget.into());
+        #[allow(clippy::cast_precision_loss)]
+        let all_loads = self.cells.len() as f64 * f64::from(self.arguments.rounds);
+        let mut done_loads = 0.0_f64;
         for round in 0..self.arguments.rounds {
             if round > 0 && begun.elapsed() + begun.elapsed() / round > budget {
                 self.notes.push(format!(
@@ -251,7 +254,18 @@ impl<'a> Bench<'a> {
                         self.arguments.rounds,
                         case.name
                     );
-                    activity.show(what, begun.elapsed(), budget);
+                    // How long all rounds will take, by those loads that are done.
+                    let elapsed = begun.elapsed();
+                    let expected = elapsed.mul_f64(all_loads / done_loads.max(1.0));
+                    let what = match done_loads {
+                        0.0 => what,
+                        _ => {
+                            let left = expected.min(budget).saturating_sub(elapsed);
+                            format!("{what}; about {} left", duration(left.as_secs_f64()))
+                        }
+                    };
+                    activity.show(what, elapsed, expected.min(budget));
+                    done_loads += 1.0;
                     match self.load(cache, &case) {
                         Ok(answer) => self.cells[place].answers.push(answer),
                         Err(error) => {
