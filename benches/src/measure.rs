@@ -38,6 +38,23 @@ pub struct Bench {
 const MEMCPY_SOURCE_BYTES: u64 = 1 << 30;
 
 impl Bench {
+    /// Whether the cell has everything that measuring it again would give: the rounds, and each case, if only that
+    /// it failed.
+    pub fn is_covered_by(&self, cell: &Cell) -> bool {
+        let has = |case: &Case| {
+            cell.of_case(case.name).next().is_some()
+                || cell
+                    .failures
+                    .iter()
+                    .any(|failure| failure.case == case.name)
+        };
+        let mut applying = self
+            .cases
+            .iter()
+            .filter(|case| case.applies_to(cell.format, cell.state));
+        cell.cut_short.is_none() && cell.rounds >= self.rounds && applying.all(has)
+    }
+
     /// Measures one checkpoint in one state, telling `say` how far it is. With a limit, no round is begun
     /// that would probably not be over in time; there is one round at least.
     ///
@@ -196,4 +213,36 @@ fn check(case: &Case, printed: &Printed, cell: &Cell, xor: &mut Option<u8>) -> R
         *xor = printed.xor;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::figures::tests::cell;
+
+    #[test]
+    fn a_cell_without_a_case_that_was_asked_for_is_measured_again() {
+        let mut cell = cell(CacheState::Half, &[("auto", &[1.0, 1.0, 1.0])]);
+        let mut bench = Bench {
+            programs: PathBuf::new(),
+            peers: None,
+            cases: Vec::new(),
+            rounds: 3,
+        };
+        // Neither ceilings nor memcpy have anything to say of a half-resident checkpoint.
+        let named = |name: &str| Case::all().iter().find(|case| case.name == name).cloned();
+        bench.cases.extend(named("auto"));
+        bench.cases.extend(named("memcpy"));
+        assert!(bench.is_covered_by(&cell));
+        bench.cases.extend(named("sync"));
+        assert!(!bench.is_covered_by(&cell));
+        cell.failures.push(Failure {
+            case: "sync".to_owned(),
+            kind: CaseKind::Explicit,
+            reason: "no threads".to_owned(),
+        });
+        assert!(bench.is_covered_by(&cell));
+        bench.rounds = 4;
+        assert!(!bench.is_covered_by(&cell));
+    }
 }

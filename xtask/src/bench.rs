@@ -66,7 +66,8 @@ pub struct BenchArguments {
     /// are there already stay
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
-    /// Keep cells that are there already with as many rounds, instead of measuring them again
+    /// Keep cells that are there already with as many rounds and the same cases, instead of measuring them
+    /// again
     #[arg(long)]
     resume: bool,
     /// Fail if a figure misses its bound
@@ -214,7 +215,7 @@ impl BenchArguments {
         let options = fixtures::Options::new(folder);
         let is_open = |run: &Run, preset: &Preset, format, state| {
             let cell = run.cell(preset.name, format, state);
-            !self.resume || cell.is_none_or(|cell| cell.rounds < bench.rounds)
+            !self.resume || cell.is_none_or(|cell| !bench.is_covered_by(cell))
         };
         let mut cells: Vec<(&Preset, Format, CacheState)> = Vec::new();
         for &preset in presets {

@@ -151,6 +151,11 @@ impl BarChart {
             .x_label_formatter(&|value| short(*value))
             .label_style(text())
             .draw()?;
+        // Below the bars, so that it does not strike their values through.
+        if let Some(bound) = self.bound.filter(|bound| bound.is_finite()) {
+            let ends = [(bound, 0.0), (bound, count)];
+            chart.draw_series(LineSeries::new(ends, BOUND.stroke_width(2)))?;
+        }
         for (row, bar) in (0_u32..).map(f64::from).zip(bars) {
             let body = [(0.0, row + 0.15), (bar.value, row + 0.85)];
             chart.draw_series([Rectangle::new(body, bar.role.colour().filled())])?;
@@ -160,10 +165,6 @@ impl BarChart {
             let before = EmptyElement::at((0.0, row + 0.5))
                 + Text::new(bar.label.clone(), (-8, 0), anchored(HPos::Right));
             chart.draw_series([before])?;
-        }
-        if let Some(bound) = self.bound.filter(|bound| bound.is_finite()) {
-            let ends = [(bound, 0.0), (bound, count)];
-            chart.draw_series(LineSeries::new(ends, BOUND.stroke_width(2)))?;
         }
         Ok(())
     }
