@@ -46,8 +46,12 @@ fn combinations() -> Vec<Combination> {
         .collect();
     all.push(host(
         "tensora-io",
-        ["serde", "testing"].into_iter().chain(BACKENDS).collect(),
+        ["serde", "profiles", "testing"]
+            .into_iter()
+            .chain(BACKENDS)
+            .collect(),
     ));
+    all.push(host("tensora-io", vec!["profiles"]));
 
     let mut rows: Vec<Vec<&str>> = BACKENDS.iter().map(|backend| vec![*backend]).collect();
     rows.push(Vec::new());
@@ -64,6 +68,7 @@ fn combinations() -> Vec<Combination> {
         "tensora-formats",
         "tensora-heuristics",
         "tensora-convert",
+        "tensora-measure",
         "tensora-cli",
     ] {
         all.push(host(package, Vec::new()));

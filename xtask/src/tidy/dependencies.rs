@@ -104,6 +104,12 @@ const TREES: &[Tree] = &[
         indirect: &[],
     },
     Tree {
+        package: "tensora-io",
+        feature: Some("profiles"),
+        direct: &["serde", "serde_json"],
+        indirect: &["itoa", "memchr", "serde_core", "serde_derive", "zmij"],
+    },
+    Tree {
         package: "tensora-formats",
         feature: None,
         direct: &["serde", "serde_json", "thiserror"],
