@@ -47,8 +47,11 @@ pub(crate) const DIRECT_MIN_READ_BYTES: u64 = 4 << 20;
 /// neighbours share, and the rounding to blocks at both ends is no longer small.
 pub(crate) const DIRECT_MIN_MEAN_REQUEST_BYTES: u64 = 64 << 10;
 
-/// Largest read of direct threads, tasks and rings, in bytes: the size of every best cold case.
-pub(crate) const DEVICE_CHUNK_BYTES: u64 = 1 << 20;
+/// Largest read of direct threads, tasks and rings, in bytes: a huge page, so that each is faulted in by one
+/// reader. With 1 MiB, 16 threads took up to 24 s and 45 s of processor time for q8, because two that share a huge
+/// page both zero it; as fast as with 2 MiB (9 to 14 s, and so do 2 rings) where they happened not to collide
+/// (benches/runs/2026-11-23-cold-parameters.md).
+pub(crate) const DEVICE_CHUNK_BYTES: u64 = 2 << 20;
 
 /// Largest read of a buffered copy, in bytes: warm q06 in 0.24 s with 2 threads.
 pub(crate) const COPY_CHUNK_BYTES: u64 = 4 << 20;

@@ -26,7 +26,7 @@ fn large_and_cold() {
         &platform(2),
         &Policy::default(),
         &expect![[r#"
-            plan         io-uring, owned memory: 2 rings of depth 16, chunks of 1 MiB, direct.
+            plan         io-uring, owned memory: 2 rings of depth 8, chunks of 2 MiB, direct.
             load         15.26 GiB from 5 shards of SafeTensors, whole files: 399 tensors in 5 requests.
             where        ext4 on nvme0n1, 0 % of the files in the page cache; 2 CPUs; 24 GiB of memory left
                          (machine).
@@ -51,12 +51,12 @@ fn large_and_cold() {
 
             resident     reread. There is nothing in the page cache to copy.
 
-            chunk        1 MiB. Long enough for the device's full speed, short enough to keep many in flight.
+            chunk        2 MiB. Long enough for the device's full speed, short enough to keep many in flight.
 
             workers      2. One ring alone starves while its destination pages are faulted in; beyond a few
                          there is nothing left to gain.
 
-            queue depth  16. Together the rings keep the device's queue full.
+            queue depth  8. 2 rings with more reads of 2 MiB each would exceed 32 MiB in flight.
         "#]],
     );
 }
@@ -68,7 +68,7 @@ fn large_where_rings_are_blocked() {
         &without(platform(2), &[BackendKind::IoUring]),
         &Policy::default(),
         &expect![[r#"
-            plan         sync, owned memory: 16 threads, chunks of 1 MiB, direct.
+            plan         sync, owned memory: 16 threads, chunks of 2 MiB, direct.
             load         15.26 GiB from 5 shards of SafeTensors, whole files: 399 tensors in 5 requests.
             where        ext4 on nvme0n1, 0 % of the files in the page cache; 2 CPUs; 24 GiB of memory left
                          (machine).
@@ -94,7 +94,7 @@ fn large_where_rings_are_blocked() {
 
             resident     reread. There is nothing in the page cache to copy.
 
-            chunk        1 MiB. Long enough for the device's full speed, short enough to keep many in flight.
+            chunk        2 MiB. Long enough for the device's full speed, short enough to keep many in flight.
 
             workers      16. They wait for the device rather than compute, so the device's queue decides, not
                          the CPUs.
@@ -313,7 +313,7 @@ fn as_json() {
     expect![[r#"
         {
           "backend": "sync",
-          "chunk_bytes": 1048576,
+          "chunk_bytes": 2097152,
           "decisions": [
             {
               "chosen": "owned",
@@ -363,7 +363,7 @@ fn as_json() {
               "rejected": []
             },
             {
-              "chosen": "1048576",
+              "chosen": "2097152",
               "field": "chunk_bytes",
               "reason": "Long enough for the device's full speed, short enough to keep many in flight.",
               "rejected": []
@@ -420,7 +420,7 @@ fn half_resident() {
         &resident(500),
         &Policy::default(),
         &expect![[r#"
-            plan         io-uring, owned memory: 2 rings of depth 16, chunks of 1 MiB, direct, what is in the
+            plan         io-uring, owned memory: 2 rings of depth 8, chunks of 2 MiB, direct, what is in the
                          page cache copied.
             load         15.26 GiB from 5 shards of SafeTensors, whole files: 399 tensors in 5 requests.
             where        ext4 on nvme0n1, 50 % of the files in the page cache; 2 CPUs; 24 GiB of memory left
@@ -448,12 +448,12 @@ fn half_resident() {
                          memory while the others are read directly.
                          Not reread: the device would deliver again, more slowly, what is in memory already.
 
-            chunk        1 MiB. Long enough for the device's full speed, short enough to keep many in flight.
+            chunk        2 MiB. Long enough for the device's full speed, short enough to keep many in flight.
 
             workers      2. One ring alone starves while its destination pages are faulted in; beyond a few
                          there is nothing left to gain.
 
-            queue depth  16. Together the rings keep the device's queue full.
+            queue depth  8. 2 rings with more reads of 2 MiB each would exceed 32 MiB in flight.
         "#]],
     );
 }
@@ -548,8 +548,8 @@ fn measured() {
                          leaves 24 GiB.
                          Not mapped: the caller has not taken on the contract of mappings.
 
-            backend      io-uring. Measured here on 2026-11-23: io-uring 2 × 32 × 1 MiB direct 2.4 GB/s, and
-                         sync 16 × 1 MiB direct 2.1 GB/s, which the constants say.
+            backend      io-uring. Measured here on 2026-11-23: io-uring 2 × 32 × 1 MiB direct 2.4 GB/s. What
+                         the constants say was not measured.
                          Not sync: the best that was measured of it here is sync 16 × 1 MiB direct 2.1 GB/s.
                          Not async: it was not measured here for such a load.
                          Not mmap: it was not measured here for such a load.
@@ -567,8 +567,8 @@ fn measured() {
 
             queue depth  32. As measured: see backend and profile.
 
-            profile      used. It is of this machine and place, knows loads like this one, and comes before the
-                         constants: io-uring 2 × 32 × 1 MiB direct was faster than sync 16 × 1 MiB direct.
+            profile      used. It is of this machine and place and knows loads like this one; of what it
+                         measured on 2026-11-23, io-uring 2 × 32 × 1 MiB direct was the fastest.
         "#]],
     );
 }

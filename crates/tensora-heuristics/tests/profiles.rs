@@ -23,8 +23,8 @@ type Way = (BackendKind, u64, u32, u32, DirectPolicy);
 const DIRECT: DirectPolicy = DirectPolicy::Preferred;
 const BUFFERED: DirectPolicy = DirectPolicy::Never;
 /// What the constants say of a cold shard, of five, and of a warm copy and mapping with two CPUs.
-const THREADS: Way = (Sync, 1, 1, 16, DIRECT);
-const RINGS: Way = (IoUring, 1, 16, 2, DIRECT);
+const THREADS: Way = (Sync, 2, 1, 16, DIRECT);
+const RINGS: Way = (IoUring, 2, 8, 2, DIRECT);
 const COPY: Way = (Sync, 4, 1, 2, BUFFERED);
 const MAP: Way = (Mmap, 4, 1, 8, BUFFERED);
 
@@ -131,7 +131,7 @@ fn what_was_measured_to_be_faster_is_taken() {
     assert_eq!(way(&plan), other);
     assert_eq!(
         reason(&plan, "backend"),
-        "Measured here on 2026-11-23: io-uring 4 × 8 × 2 MiB direct 2.4 GB/s, and sync 16 × 1 MiB direct \
+        "Measured here on 2026-11-23: io-uring 4 × 8 × 2 MiB direct 2.4 GB/s, and sync 16 × 2 MiB direct \
          2.0 GB/s, which the constants say."
     );
     assert_eq!(profile(&plan).0, "used");
@@ -139,7 +139,7 @@ fn what_was_measured_to_be_faster_is_taken() {
     assert_eq!(backend.rejected[0].choice, "sync");
     assert_eq!(
         backend.rejected[0].reason,
-        "the best that was measured of it here is sync 16 × 1 MiB direct 2.0 GB/s"
+        "the best that was measured of it here is sync 16 × 2 MiB direct 2.0 GB/s"
     );
     assert!(backend.rejected[1].reason.contains("not measured"));
 }
@@ -218,7 +218,7 @@ fn direct_and_buffered_are_measured_too() {
     let direct = with(&one_shard(), &cold, |policy| {
         policy.direct = DirectChoice::Policy(DirectPolicy::Required);
     });
-    assert_eq!(way(&direct), (Sync, 1, 1, 16, DirectPolicy::Required));
+    assert_eq!(way(&direct), (Sync, 2, 1, 16, DirectPolicy::Required));
     let bypass = with(&one_shard(), &cold, |policy| {
         policy.cache = CacheChoice::Bypass;
     });
@@ -350,7 +350,7 @@ fn wishes_come_before_measurements() {
     let set = with(&one_shard(), &platform, |policy| policy.workers = Some(8));
     assert_eq!(way(&set), (Async, 2, 1, 8, DIRECT));
     let set = with(&one_shard(), &platform, |policy| policy.workers = Some(3));
-    assert_eq!(way(&set), (Sync, 1, 1, 3, DIRECT));
+    assert_eq!(way(&set), (Sync, 2, 1, 3, DIRECT));
     assert_eq!(profile(&set).0, "unused");
 }
 

@@ -97,18 +97,18 @@ fn the_table_holds_where_nothing_is_known_about_the_storage() {
 fn parameters_of_each_backend() {
     let table: [(Option<BackendKind>, DirectPolicy, u32, [u64; 3]); 12] = [
         // Backend, direct, CPUs; chunk in MiB, depth, workers.
-        (Some(Sync), DirectPolicy::Preferred, 2, [1, 1, 16]),
-        (Some(Sync), DirectPolicy::Preferred, 64, [1, 1, 16]),
+        (Some(Sync), DirectPolicy::Preferred, 2, [2, 1, 16]),
+        (Some(Sync), DirectPolicy::Preferred, 64, [2, 1, 16]),
         (Some(Sync), DirectPolicy::Never, 1, [4, 1, 2]),
         (Some(Sync), DirectPolicy::Never, 6, [4, 1, 6]),
         (Some(Sync), DirectPolicy::Never, 64, [4, 1, 16]),
-        (Some(Async), DirectPolicy::Required, 2, [1, 1, 16]),
+        (Some(Async), DirectPolicy::Required, 2, [2, 1, 16]),
         (Some(Async), DirectPolicy::Never, 6, [4, 1, 6]),
-        (Some(IoUring), DirectPolicy::Preferred, 1, [1, 16, 2]),
-        (Some(IoUring), DirectPolicy::Preferred, 64, [1, 8, 4]),
+        (Some(IoUring), DirectPolicy::Preferred, 1, [2, 8, 2]),
+        (Some(IoUring), DirectPolicy::Preferred, 64, [2, 4, 4]),
         (Some(Mmap), DirectPolicy::Never, 2, [4, 1, 8]),
         (Some(Mmap), DirectPolicy::Never, 64, [4, 1, 16]),
-        (None, DirectPolicy::Preferred, 2, [1, 16, 2]),
+        (None, DirectPolicy::Preferred, 2, [2, 8, 2]),
     ];
     for (backend, direct, cpus, [chunk_mib, queue_depth, workers]) in table {
         let plan = with(&five_shards(), &platform(cpus), |policy| {
@@ -176,10 +176,10 @@ fn partly_resident_files_are_copied_where_resident_and_read_elsewhere() {
             assert_eq!(plan.params.direct, DirectPolicy::Preferred, "{per_mille}");
             assert_eq!(plan.params.resident, ResidentPolicy::Copy, "{per_mille}");
             // The device decides about the parameters, whatever is copied meanwhile.
-            assert_eq!(plan.params.chunk_bytes, MIB, "{per_mille}");
+            assert_eq!(plan.params.chunk_bytes, 2 * MIB, "{per_mille}");
             assert_eq!(
                 plan.params.workers * plan.params.queue_depth,
-                if backend == Sync { 16 } else { 32 },
+                16,
                 "{per_mille}"
             );
             assert!(rejection(&plan, "resident", "reread").contains("deliver again"));
@@ -494,7 +494,7 @@ fn no_more_workers_or_depth_than_there_are_chunks() {
     let rings = with(&whole(SafeTensors, 1, 6 * MIB), &platform(2), |policy| {
         policy.backend = BackendChoice::Named(IoUring);
     });
-    assert_eq!((rings.params.workers, rings.params.queue_depth), (2, 3));
+    assert_eq!((rings.params.workers, rings.params.queue_depth), (2, 2));
 }
 
 #[test]
@@ -518,7 +518,7 @@ fn overrides_are_taken_as_they_are_and_shape_the_rest() {
     let plan = with(&five_shards(), &platform(2), |policy| {
         policy.workers = Some(8);
     });
-    assert_eq!((plan.params.workers, plan.params.queue_depth), (8, 4));
+    assert_eq!((plan.params.workers, plan.params.queue_depth), (8, 2));
     assert_eq!(
         rejection(&plan, "workers", "2").split('.').next(),
         Some("another value was set")

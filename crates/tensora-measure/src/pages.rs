@@ -5,6 +5,7 @@ use std::io::{Read, Seek, SeekFrom};
 use std::ops::Range;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use tensora_io::{CacheState, Platform, Region, SourceFile};
 
@@ -170,10 +171,42 @@ fn failed(operation: &'static str, path: &Path, source: std::io::Error) -> Error
 /// Touches as much memory as a case will need, as far as the machine has it, and gives it back: a virtual
 /// machine's first touch of memory that it had returned to its host is several times slower than the next.
 ///
+/// Some virtual machines tell their host of freed memory at once and keep little of it. Priming still takes the
+/// worst off, what was freed by dropping gigabytes from the page cache, and this returns only when the telling
+/// is over, which would otherwise go on while time runs.
+///
 /// # Errors
 ///
 /// When that memory cannot be had after all.
 pub fn prime_memory(bytes: u64) -> Result<()> {
+    touch_memory(bytes)?;
+    settle();
+    Ok(())
+}
+
+/// What has been told to the host of free memory so far, in KiB, where the kernel counts that.
+const REPORTED: &str = "/sys/module/page_reporting/parameters/reported_kib";
+/// How long nothing must have been told for the telling to be over, and how long it is waited for at most.
+const SETTLED: Duration = Duration::from_millis(150);
+const LONGEST_SETTLING: Duration = Duration::from_secs(20);
+
+/// Waits until the machine has given back what was freed.
+fn settle() {
+    let begun = Instant::now();
+    let mut last = (None, begun);
+    while let Ok(reported) = std::fs::read_to_string(REPORTED) {
+        let now = Instant::now();
+        if last.0.as_ref() != Some(&reported) {
+            last = (Some(reported), now);
+        }
+        if now - last.1 >= SETTLED || now - begun >= LONGEST_SETTLING {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+fn touch_memory(bytes: u64) -> Result<()> {
     let platform = Platform::probe();
     let usable_bytes = platform
         .memory
