@@ -138,6 +138,8 @@ pub(crate) struct Target<'a> {
     pub(crate) checkpoint: &'a Path,
     pub(crate) files: &'a [&'a Path],
     pub(crate) data_bytes: u64,
+    /// How much memory the process touches and gives back before its clock starts.
+    pub(crate) primed_bytes: u64,
 }
 
 impl CaseKind {
@@ -219,6 +221,7 @@ impl Case {
                 command.args(target.files);
             }
         }
+        command.env("PRIME_BYTES", target.primed_bytes.to_string());
         let output = command
             .output()
             .with_context(|| format!("start {}", command.get_program().display()))?;

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use tensora::CheckpointIndex;
 use tensora::io::{CacheState, Platform, SourceFile};
-use tensora_measure::{prime_memory, require};
+use tensora_measure::{prime_memory, require, shuffled};
 
 use crate::case::{Case, CaseKind, Printed, Target};
 use crate::peers::Peers;
@@ -86,6 +86,7 @@ impl Bench {
             checkpoint: &subject.path,
             files: &paths,
             data_bytes: index.data_bytes(),
+            primed_bytes: 0,
         };
         let mut cell = Cell {
             preset: subject.preset.clone(),
@@ -109,15 +110,19 @@ impl Bench {
         for round in 0..self.rounds.max(1) {
             let round_begun = Instant::now();
             cell.rounds = round + 1;
-            // Each round begins with another case, so that none always follows the same one.
-            let mut order = cases.clone();
-            let first = round as usize % order.len().max(1);
-            order.rotate_left(first);
-            for case in order {
-                if let Err(error) = make_ready(case.kind, &cell, &files) {
-                    cell.cut_short = Some(format!("{}: {error}", case.name));
-                    return Ok(cell);
-                }
+            let turns = cases.clone();
+            for case in shuffled(turns.len(), round as usize).map(|turn| turns[turn]) {
+                let primed_bytes = match make_ready(case.kind, &cell, &files) {
+                    Ok(needed_bytes) => needed_bytes.min(KEPT_BYTES),
+                    Err(error) => {
+                        cell.cut_short = Some(format!("{}: {error}", case.name));
+                        return Ok(cell);
+                    }
+                };
+                let target = Target {
+                    primed_bytes,
+                    ..target
+                };
                 let printed = match case.run(&self.programs, self.peers.as_ref(), target) {
                     Ok(printed) => printed,
                     Err(error) => {
@@ -160,12 +165,19 @@ impl Bench {
     }
 }
 
-/// The page cache in its state, and memory that the case is going to need fresh in the machine's hands.
-fn make_ready(kind: CaseKind, cell: &Cell, files: &[SourceFile]) -> tensora_measure::Result<()> {
+/// How much memory the process of a case touches and gives back before its clock starts, in bytes, at most. Some
+/// virtual machines keep no more than 1 GiB of what was freed; with more, they would tell their host of the rest
+/// while time runs.
+const KEPT_BYTES: u64 = 1_000_000_000;
+
+/// Puts the page cache in its state, and memory that the case is going to need fresh in the machine's hands. Says
+/// how much that is, in bytes.
+fn make_ready(kind: CaseKind, cell: &Cell, files: &[SourceFile]) -> tensora_measure::Result<u64> {
     if kind == CaseKind::Memcpy {
         // It reads no file. Where its memory is only to be had from the page cache, that is taken before, not
         // while time runs.
-        return prime_memory(cell.data_bytes + MEMCPY_SOURCE_BYTES);
+        prime_memory(cell.data_bytes + MEMCPY_SOURCE_BYTES)?;
+        return Ok(cell.data_bytes);
     }
     require(files, cell.state)?;
     let resident_bytes: u64 = files
@@ -185,11 +197,11 @@ fn make_ready(kind: CaseKind, cell: &Cell, files: &[SourceFile]) -> tensora_meas
     // Priming must not push out the very pages that shall be resident. What a case then takes from the page
     // cache needs no priming: it is in use.
     let needed_bytes = needed_bytes.min(usable_bytes.saturating_sub(resident_bytes));
-    if kind != CaseKind::Ceiling && needed_bytes > 0 {
+    if needed_bytes > 0 {
         prime_memory(needed_bytes)?;
         require(files, cell.state)?;
     }
-    Ok(())
+    Ok(needed_bytes)
 }
 
 /// All loads of a cell give the same tensors, as far as their length and the exclusive or of their bytes tell.

@@ -7,7 +7,7 @@ use tensora_io::{
 
 use crate::sample::Sample;
 use crate::settings::{Family, ReadSetting};
-use crate::{Error, Result, prime_memory, rotation};
+use crate::{Error, Result, prime_memory, shuffled};
 
 /// From less than this, starting threads and rings counts for more than reading.
 const MIN_SAMPLE_BYTES: u64 = 32 << 20;
@@ -343,7 +343,7 @@ impl Run<'_> {
             if now >= end || (round > 1 && now + round_time > end) {
                 break;
             }
-            for turn in rotation(finalists.len(), round) {
+            for turn in shuffled(finalists.len(), round) {
                 self.time(finalists[turn])?;
                 self.trials[finalists[turn]].finalist = true;
             }

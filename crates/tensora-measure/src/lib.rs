@@ -19,7 +19,7 @@ pub use calibrate::{CalibrateOptions, CalibrateProgress, Calibration, calibrate}
 pub use error::{Error, Result};
 pub use pages::{prepare, prime_memory, require};
 pub use plot::{Bar, BarChart, BarRole, Line, LineChart};
-pub use rounds::rotation;
+pub use rounds::shuffled;
 pub use settings::ReadSetting;
 pub use statistics::{geometric_mean, median, median_ratio};
 pub use tensora_io::CacheState;

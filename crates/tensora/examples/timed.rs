@@ -9,6 +9,9 @@
 //! - `raw-map FILE...`: nothing but mapping whole files and populating them, with 8 threads;
 //! - `memcpy BYTES`: nothing but copying so many bytes into fresh huge pages, with a thread per processor.
 //!
+//! Before the clock starts, as many bytes of memory as the environment variable `PRIME_BYTES` says are touched and
+//! given back, for the reasons in `docs/BENCHMARKS.md`.
+//!
 //! Prints one JSON object. `elapsed_seconds` ends when every tensor can be used; after that each of their
 //! bytes is read once, by a thread per processor, and `touched_seconds` is both together. `xor` is the
 //! exclusive or of all bytes: the same for the same tensors, however they were loaded.
@@ -48,6 +51,9 @@ struct Printed {
 
 fn main() -> Outcome<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
+    if let Ok(bytes) = std::env::var("PRIME_BYTES") {
+        prime(bytes.parse()?)?;
+    }
     let printed = match arguments.split_first() {
         Some((mode, [memory, backend, path])) if mode == "load" => load(memory, backend, path)?,
         Some((mode, [bytes])) if mode == "memcpy" => copy_memory(bytes.parse()?)?,
@@ -63,6 +69,15 @@ fn main() -> Outcome<()> {
         _ => return Err("which mode, and of what?".into()),
     };
     println!("{}", serde_json::to_string(&printed)?);
+    Ok(())
+}
+
+/// Touches memory and gives it back.
+fn prime(bytes: usize) -> Outcome<()> {
+    let mut region = Region::allocate(bytes)?;
+    let pieces = region.as_mut_slice().chunks_mut(PIECE_BYTES);
+    each(pieces, cpus(), |piece| piece.fill(1));
+    std::hint::black_box(region.as_slice());
     Ok(())
 }
 

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use tensora::io::{Availability, CacheState, Platform, ProfileIdentity, SourceFile, StorageFacts};
 use tensora::{BackendKind, Loader, MemoryKind};
 use tensora_measure::{
-    Error as MeasureError, median, median_ratio, prime_memory, require, rotation,
+    Error as MeasureError, median, median_ratio, prime_memory, require, shuffled,
 };
 
 use super::bench_plot;
@@ -245,7 +245,7 @@ impl<'a> Bench<'a> {
                     .filter(|&place| self.cells[place].cache == cache)
                     .collect();
                 let mut failed = Vec::new();
-                for turn in rotation(places.len(), round as usize) {
+                for turn in shuffled(places.len(), round as usize) {
                     let place = places[turn];
                     let case = self.cases[self.cells[place].case].clone();
                     let what = format!(
