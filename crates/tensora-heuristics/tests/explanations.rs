@@ -152,7 +152,7 @@ fn small_and_warm_with_consent() {
         &resident(1000),
         &policy,
         &expect![[r#"
-            plan         mmap, mapped memory: 8 workers, chunks of 4 MiB, through the page cache.
+            plan         mmap, mapped memory: 2 workers, chunks of 4 MiB, through the page cache.
             load         1.4 GiB from 1 shard of SafeTensors, whole files: 399 tensors in 1 request.
             where        ext4 on nvme0n1, 100 % of the files in the page cache; 2 CPUs; 24 GiB of memory left
                          (machine).
@@ -168,8 +168,8 @@ fn small_and_warm_with_consent() {
 
             chunk        4 MiB. Two huge pages: enough to save calls, little enough to share out evenly.
 
-            workers      8. Populating waits for the device where files are cold and sets up pages where they
-                         are not; several workers do both faster.
+            workers      2. The pages are in memory: populating only enters them into page tables, which is work
+                         for the 2 CPUs.
 
             queue depth  1. Only rings keep more than one read in flight per worker.
         "#]],

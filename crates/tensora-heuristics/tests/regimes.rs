@@ -476,6 +476,19 @@ fn too_large_for_memory_is_mapped_with_consent() {
 }
 
 #[test]
+fn populating_what_is_in_memory_takes_a_worker_per_cpu() {
+    for (per_mille, cpus, workers) in [(1000, 1, 1), (1000, 2, 2), (1000, 64, 16), (0, 2, 8)] {
+        let mut platform = resident(per_mille);
+        platform.cpus = cpus;
+        let plan = with(&one_shard(), &platform, |policy| {
+            policy.memory = MemoryChoice::Mapped;
+            consent(policy);
+        });
+        assert_eq!(plan.params.workers, workers, "{per_mille} {cpus}");
+    }
+}
+
+#[test]
 fn no_more_workers_or_depth_than_there_are_chunks() {
     let three = auto(&whole(SafeTensors, 1, 11 * MIB), &resident(1000));
     assert_eq!(three.params.workers, 2);

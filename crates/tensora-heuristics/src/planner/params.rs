@@ -221,11 +221,17 @@ impl Case<'_> {
                     count(cpus.into(), "CPU")
                 ),
             ),
+            Shape::Map if matches!(self.place, Place::PageCache | Place::Memory) => (
+                cpus.clamp(1, tuning::MAP_MAX_WORKERS),
+                format!(
+                    "The pages are in memory: populating only enters them into page tables, which is work \
+                     for the {}.",
+                    count(cpus.into(), "CPU")
+                ),
+            ),
             Shape::Map => (
                 cpus.clamp(tuning::MAP_MIN_WORKERS, tuning::MAP_MAX_WORKERS),
-                "Populating waits for the device where files are cold and sets up pages where they are \
-                 not; several workers do both faster."
-                    .to_owned(),
+                "Populating waits for the device, so more workers than CPUs keep that busy.".to_owned(),
             ),
         };
         let (mut auto, mut reason) = match measured {
