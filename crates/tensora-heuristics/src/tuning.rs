@@ -78,6 +78,17 @@ pub(crate) const DISK_MAX_READS: u32 = 4;
 /// Threads or tasks of a direct load: 16 MiB in flight saturated the device.
 pub(crate) const DEVICE_WORKERS: u32 = 16;
 
+/// Threads of a buffered copy per CPU: 6.0 GB/s with 4 on 2 CPUs, 5.1 GB/s with 2 (warm, 0.2 GB of q06,
+/// benches/runs/2026-11-23-calibration.json).
+pub(crate) const COPY_WORKERS_PER_CPU: u32 = 2;
+
+/// Largest read through a page cache that does not hold the files, in bytes; 1.5 GB/s with 8 MiB × 8 threads
+/// (cold, 0.2 GB of q06, benches/runs/2026-11-23-calibration.json), 0.5 GB/s with 4 MiB × 2 (q06, 3.1 s).
+pub(crate) const BUFFERED_CHUNK_BYTES: u64 = 8 << 20;
+
+/// Threads that read through a page cache that does not hold the files, from the same run.
+pub(crate) const BUFFERED_WORKERS: u32 = 8;
+
 /// Fewest threads of a buffered copy: with one, page faults and the copy wait for each other.
 pub(crate) const COPY_MIN_WORKERS: u32 = 2;
 

@@ -111,7 +111,7 @@ fn small_and_warm() {
         &resident(990),
         &Policy::default(),
         &expect![[r#"
-            plan         sync, owned memory: 2 threads, chunks of 4 MiB, buffered.
+            plan         sync, owned memory: 4 threads, chunks of 4 MiB, buffered.
             load         1.4 GiB from 1 shard of SafeTensors, whole files: 399 tensors in 1 request.
             where        ext4 on nvme0n1, 99 % of the files in the page cache; 2 CPUs; 24 GiB of memory left
                          (machine).
@@ -136,7 +136,8 @@ fn small_and_warm() {
 
             chunk        4 MiB. Through the page cache, longer reads save calls and keep read-ahead going.
 
-            workers      2. Going through the page cache is a copy, and so work for the 2 CPUs.
+            workers      4. Going through the page cache is a copy, and so work for the 2 CPUs; with twice as
+                         many threads none of them idles while pages are faulted in.
 
             queue depth  1. Only rings keep more than one read in flight per worker.
         "#]],
@@ -290,12 +291,12 @@ fn everything_named() {
             resident     copy. Buffered reads take from the page cache what is in it.
 
             chunk        512 KiB. It was set.
-                         Not 4 MiB: another value was set. Through the page cache, longer reads save calls and
-                         keep read-ahead going.
+                         Not 8 MiB: another value was set. Through a cold page cache, long reads keep read-ahead
+                         going.
 
             workers      3. It was set.
-                         Not 2: another value was set. Going through the page cache is a copy, and so work for
-                         the 2 CPUs.
+                         Not 8: another value was set. Each waits for what the page cache has to fetch, so more
+                         than there are CPUs keep the device busy.
 
             queue depth  1. Only rings keep more than one read in flight per worker.
                          Not 4: it was set, but has no effect without rings.
@@ -470,7 +471,7 @@ fn crowded() {
         &platform,
         &Policy::default(),
         &expect![[r#"
-            plan         sync, owned memory: 2 threads, chunks of 4 MiB, direct, what is in the page cache
+            plan         sync, owned memory: 4 threads, chunks of 4 MiB, direct, what is in the page cache
                          copied and dropped.
             load         15.26 GiB from 5 shards of SafeTensors, whole files: 399 tensors in 5 requests.
             where        ext4 on nvme0n1, 100 % of the files in the page cache; 2 CPUs; 24 GiB of memory left
@@ -500,7 +501,8 @@ fn crowded() {
 
             chunk        4 MiB. Through the page cache, longer reads save calls and keep read-ahead going.
 
-            workers      2. Going through the page cache is a copy, and so work for the 2 CPUs.
+            workers      4. Going through the page cache is a copy, and so work for the 2 CPUs; with twice as
+                         many threads none of them idles while pages are faulted in.
 
             queue depth  1. Only rings keep more than one read in flight per worker.
         "#]],

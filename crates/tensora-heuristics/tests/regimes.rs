@@ -99,11 +99,11 @@ fn parameters_of_each_backend() {
         // Backend, direct, CPUs; chunk in MiB, depth, workers.
         (Some(Sync), DirectPolicy::Preferred, 2, [2, 1, 16]),
         (Some(Sync), DirectPolicy::Preferred, 64, [2, 1, 16]),
-        (Some(Sync), DirectPolicy::Never, 1, [4, 1, 2]),
-        (Some(Sync), DirectPolicy::Never, 6, [4, 1, 6]),
-        (Some(Sync), DirectPolicy::Never, 64, [4, 1, 16]),
+        (Some(Sync), DirectPolicy::Never, 1, [8, 1, 8]),
+        (Some(Sync), DirectPolicy::Never, 6, [8, 1, 8]),
+        (Some(Sync), DirectPolicy::Never, 64, [8, 1, 8]),
         (Some(Async), DirectPolicy::Required, 2, [2, 1, 16]),
-        (Some(Async), DirectPolicy::Never, 6, [4, 1, 6]),
+        (Some(Async), DirectPolicy::Never, 6, [8, 1, 8]),
         (Some(IoUring), DirectPolicy::Preferred, 1, [2, 8, 2]),
         (Some(IoUring), DirectPolicy::Preferred, 64, [2, 4, 4]),
         (Some(Mmap), DirectPolicy::Never, 2, [4, 1, 8]),
@@ -135,7 +135,7 @@ fn files_in_memory_are_copied_or_mapped() {
         let copied = auto(&workload, &on_tmpfs());
         assert_eq!((copied.backend, copied.memory), (Sync, MemoryKind::Owned));
         assert_eq!(copied.params.direct, DirectPolicy::Never);
-        assert_eq!(copied.params.workers, copied.platform.cpus);
+        assert_eq!(copied.params.workers, 2 * copied.platform.cpus);
         let mapped = with(&workload, &on_tmpfs(), consent);
         assert_eq!((mapped.backend, mapped.memory), (Mmap, MemoryKind::Mapped));
     }
@@ -150,7 +150,7 @@ fn resident_files_are_copied_or_mapped() {
             assert_eq!((copied.backend, copied.memory), (Sync, MemoryKind::Owned));
             assert_eq!(copied.params.direct, DirectPolicy::Never);
             assert_eq!(copied.params.chunk_bytes, 4 * MIB);
-            assert_eq!(copied.params.workers, platform.cpus);
+            assert_eq!(copied.params.workers, 2 * platform.cpus);
             let mapped = with(&workload, &platform, consent);
             assert_eq!((mapped.backend, mapped.memory), (Mmap, MemoryKind::Mapped));
         }
@@ -298,7 +298,7 @@ fn preferred_without_support_is_planned_as_buffered() {
     });
     assert_eq!(plan.params.direct, DirectPolicy::Preferred);
     assert!(!plan.reads_direct());
-    assert_eq!(plan.params.chunk_bytes, 4 * MIB);
+    assert_eq!(plan.params.chunk_bytes, 8 * MIB);
 
     let plan = auto(&one_shard(), &unsupported);
     assert_eq!(plan.params.direct, DirectPolicy::Never);
@@ -346,7 +346,7 @@ fn a_disk_with_moving_heads_is_read_in_a_few_long_streams() {
     if let Some(storage) = &mut warm.storage {
         storage.resident_bytes = Some(storage.file_bytes);
     }
-    assert_eq!(auto(&one_shard(), &warm).params.workers, warm.cpus);
+    assert_eq!(auto(&one_shard(), &warm).params.workers, 2 * warm.cpus);
     // Virtual disks say so, too, and are not believed; nor is a disk that does not say what it is.
     for (name, model, rotational) in [
         ("vda", None, Some(true)),
@@ -490,8 +490,8 @@ fn populating_what_is_in_memory_takes_a_worker_per_cpu() {
 
 #[test]
 fn no_more_workers_or_depth_than_there_are_chunks() {
-    let three = auto(&whole(SafeTensors, 1, 11 * MIB), &resident(1000));
-    assert_eq!(three.params.workers, 2);
+    let two = auto(&whole(SafeTensors, 1, 7 * MIB), &resident(1000));
+    assert_eq!(two.params.workers, 2);
     let mut many_cpus = resident(1000);
     many_cpus.cpus = 32;
     let three = auto(&whole(SafeTensors, 1, 11 * MIB), &many_cpus);
@@ -576,7 +576,7 @@ fn a_page_cache_that_the_tensors_would_crowd_out_is_copied_and_dropped() {
     assert_eq!(crowded.backend, Sync);
     assert_eq!(
         (crowded.params.chunk_bytes, crowded.params.workers),
-        (4 * MIB, 2)
+        (4 * MIB, 4)
     );
     assert_eq!(crowded.params.direct, DirectPolicy::Preferred);
     assert_eq!(

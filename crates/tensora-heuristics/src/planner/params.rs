@@ -37,6 +37,8 @@ enum Shape {
     Rings,
     /// Buffered reads on threads or tasks.
     Copy,
+    /// Reads through a page cache that does not hold the files.
+    Buffered,
     /// Population of a mapping.
     Map,
 }
@@ -44,7 +46,7 @@ enum Shape {
 impl Shape {
     /// Whether reads may go through scratch buffers, so that what is in flight takes memory.
     fn takes_scratch(self) -> bool {
-        !matches!(self, Self::Copy | Self::Map)
+        !matches!(self, Self::Copy | Self::Buffered | Self::Map)
     }
 }
 
@@ -81,7 +83,8 @@ impl Case<'_> {
             _ if reads_device && self.spins() => Shape::Disk { rings },
             BackendKind::IoUring => Shape::Rings,
             BackendKind::Sync | BackendKind::Async if reads_device => Shape::Device,
-            BackendKind::Sync | BackendKind::Async => Shape::Copy,
+            _ if matches!(self.place, Place::PageCache | Place::Memory) => Shape::Copy,
+            BackendKind::Sync | BackendKind::Async => Shape::Buffered,
         }
     }
 
@@ -118,6 +121,10 @@ impl Case<'_> {
                 tuning::DEVICE_CHUNK_BYTES,
                 "Long enough for the device's full speed, short enough to keep many in flight."
                     .to_owned(),
+            ),
+            Shape::Buffered => (
+                tuning::BUFFERED_CHUNK_BYTES,
+                "Through a cold page cache, long reads keep read-ahead going.".to_owned(),
             ),
             Shape::Copy => (
                 tuning::COPY_CHUNK_BYTES,
@@ -214,10 +221,18 @@ impl Case<'_> {
                  is nothing left to gain."
                     .to_owned(),
             ),
+            Shape::Buffered => (
+                tuning::BUFFERED_WORKERS,
+                "Each waits for what the page cache has to fetch, so more than there are CPUs keep the \
+                 device busy."
+                    .to_owned(),
+            ),
             Shape::Copy => (
-                cpus.clamp(tuning::COPY_MIN_WORKERS, tuning::COPY_MAX_WORKERS),
+                cpus.saturating_mul(tuning::COPY_WORKERS_PER_CPU)
+                    .clamp(tuning::COPY_MIN_WORKERS, tuning::COPY_MAX_WORKERS),
                 format!(
-                    "Going through the page cache is a copy, and so work for the {}.",
+                    "Going through the page cache is a copy, and so work for the {}; with twice as many \
+                     threads none of them idles while pages are faulted in.",
                     count(cpus.into(), "CPU")
                 ),
             ),
@@ -282,6 +297,7 @@ impl Case<'_> {
             | Shape::Disk { rings: false }
             | Shape::Device
             | Shape::Copy
+            | Shape::Buffered
             | Shape::Map => {
                 let rejected = match self.policy.queue_depth {
                     Some(set) if set > 1 => {
