@@ -12,7 +12,7 @@ use tensora_io::{
 const MIB: u64 = 1 << 20;
 const LEN: u64 = 24 * MIB + 777;
 /// Some systems reclaim pages of the cache at any time: figures may be off by so much.
-const RECLAIMED: u64 = 2 * MIB;
+const RECLAIMED: u64 = 6 * MIB;
 
 /// Says that a check cannot be made here, and counts it where a log is asked for.
 fn skip(what: &str) {
