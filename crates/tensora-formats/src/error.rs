@@ -8,7 +8,7 @@ use crate::{Dtype, Format};
 /// A `Result` whose error is this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// Why a checkpoint could not be opened, parsed or laid out.
+/// Why a checkpoint could not be opened, parsed or laid out, or a part of it not be had.
 ///
 /// One variant per rule, so that a caller can react to the rule and need not read the message. The
 /// messages name the file, the tensor, the numbers and, where there is one, the remedy. Lists
@@ -857,6 +857,147 @@ pub enum Error {
         /// The first tensor that does not fit.
         tensor: String,
     },
+
+    // --- Parts of tensors ------------------------------------------------------------------
+    /// A slice names a dimension that the tensor does not have.
+    #[error(
+        "tensor {tensor} of shape {shape} has no dimension {dimension}; its {} count from 0",
+        Count(shape.len() as u64, "dimension"), tensor = Quoted(tensor), shape = Shape(shape))]
+    NoSuchDimension {
+        /// The tensor.
+        tensor: String,
+        /// Its shape.
+        shape: Vec<u64>,
+        /// The dimension asked for.
+        dimension: usize,
+    },
+    /// A slice is reversed or reaches past the end of its dimension.
+    #[error(
+        "tensor {tensor} of shape {shape} has no range {begin}..{end} along dimension {dimension}; give a range within 0..{}",
+        shape.get(*dimension).copied().unwrap_or(0), tensor = Quoted(tensor), shape = Shape(shape))]
+    SliceOutside {
+        /// The tensor.
+        tensor: String,
+        /// Its shape.
+        shape: Vec<u64>,
+        /// The dimension.
+        dimension: usize,
+        /// Where the range begins.
+        begin: u64,
+        /// Where it ends.
+        end: u64,
+    },
+    /// One dimension is to be sliced twice.
+    #[error("tensor {tensor} is to be sliced along dimension {dimension} twice; give one range", tensor = Quoted(tensor))]
+    SlicedTwice {
+        /// The tensor.
+        tensor: String,
+        /// The dimension.
+        dimension: usize,
+    },
+    /// A part of a tensor whose elements share bytes does not begin and end with whole bytes.
+    #[error(
+        "tensor {tensor}: a part of shape {part} of {dtype} {shape} would cut through a byte, because {} elements fill {}; begin and end where the elements before, and each row of the part, are a multiple of {}",
+        PackedElements(*dtype), PackedBytes(*dtype), PackedElements(*dtype),
+        tensor = Quoted(tensor), part = Shape(part), shape = Shape(shape))]
+    SliceCutsByte {
+        /// The tensor.
+        tensor: String,
+        /// Its dtype.
+        dtype: Dtype,
+        /// Its shape.
+        shape: Vec<u64>,
+        /// The shape of the part.
+        part: Vec<u64>,
+    },
+    /// The elements of a part overflow 64 bits or lie outside the bytes that are stored for the tensor.
+    #[error(
+        "tensor {tensor}: elements of {dtype} {shape} overflow 64 bits or lie outside its {}; an expanded tensor can be this large, otherwise its entry was changed after the checkpoint was opened",
+        Count(*stored_bytes, "stored byte"), tensor = Quoted(tensor), shape = Shape(shape))]
+    PartNotStored {
+        /// The tensor.
+        tensor: String,
+        /// Its dtype.
+        dtype: Dtype,
+        /// Its shape.
+        shape: Vec<u64>,
+        /// The bytes stored for it.
+        stored_bytes: u64,
+    },
+    /// A range is reversed or reaches past the end of its dimension.
+    #[error(
+        "no range {begin}..{end} in a dimension of length {length}; give one within 0..{length}"
+    )]
+    RangeOutside {
+        /// Where the range begins.
+        begin: u64,
+        /// Where it ends.
+        end: u64,
+        /// The dimension's length.
+        length: u64,
+    },
+    /// A rank is not one of its world.
+    #[error("no rank {rank} among {}; ranks count from 0", Count(u64::from(*world), "rank"))]
+    NoSuchRank {
+        /// The rank asked for.
+        rank: u32,
+        /// How many there are.
+        world: u32,
+    },
+    /// A dimension does not divide evenly by its ranks.
+    #[error(
+        "a dimension of length {length} does not divide evenly by {}{}; choose a number of ranks that divides it, or let the last rank take the remainder",
+        Count(u64::from(*world), "rank"), InMultiplesOf(*multiple_of))]
+    UnevenRanks {
+        /// The dimension's length.
+        length: u64,
+        /// How many ranks share it.
+        world: u32,
+        /// How many indexes stay together.
+        multiple_of: u64,
+    },
+
+    // --- Windows ---------------------------------------------------------------------------
+    /// A part to be read belongs to other files than were given.
+    #[error(
+        "tensor {tensor}: bytes {begin}..{end} are not in file {file} of the {} given; the part belongs to another checkpoint",
+        Count(*files as u64, "file"), tensor = Quoted(tensor))]
+    PartOutsideFiles {
+        /// The tensor.
+        tensor: String,
+        /// The position of its file.
+        file: usize,
+        /// How many files there are.
+        files: usize,
+        /// Where the part begins in the file.
+        begin: u64,
+        /// Where it ends.
+        end: u64,
+    },
+    /// Not one element fits a window.
+    #[error(
+        "tensor {tensor}: a window of {} cannot hold one element, which takes {} with the blocks around it; give at least that much",
+        Count(*window_bytes, "byte"), Count(*needed_bytes, "byte"), tensor = Quoted(tensor))]
+    WindowTooSmall {
+        /// The tensor.
+        tensor: String,
+        /// The size of a window.
+        window_bytes: u64,
+        /// The size that would do, in bytes (saturating).
+        needed_bytes: u64,
+    },
+    /// A strided tensor whose elements are not stored in ascending order fits no window.
+    #[error(
+        "tensor {tensor}: its elements do not lie in ascending order, so that one window must hold them all, {} with the blocks around them, but a window has {}; give it that much, or load the tensor instead of streaming it",
+        Count(*needed_bytes, "byte"), Count(*window_bytes, "byte"), tensor = Quoted(tensor))]
+    ViewTooLarge {
+        /// The tensor.
+        tensor: String,
+        /// The size of a window.
+        window_bytes: u64,
+        /// The size that would do, in bytes (saturating).
+        needed_bytes: u64,
+    },
 }
 
 /// What to do where the operating system's answer alone does not say it.
@@ -952,6 +1093,41 @@ impl fmt::Display for ConsolidatedHint<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.0.starts_with("consolidated") != self.1.starts_with("consolidated") {
             f.write_str(", or download the index (consolidated*.safetensors usually holds the whole model a second time)")?;
+        }
+        Ok(())
+    }
+}
+
+/// The fewest elements that fill whole bytes.
+struct PackedElements(Dtype);
+
+impl fmt::Display for PackedElements {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", fewest_elements(self.0))
+    }
+}
+
+/// The bytes that the fewest such elements fill.
+struct PackedBytes(Dtype);
+
+impl fmt::Display for PackedBytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let bytes = fewest_elements(self.0) * u64::from(self.0.bits()) / 8;
+        write!(f, "{}", Count(bytes, "byte"))
+    }
+}
+
+/// How many elements fill whole bytes: 8 bits divided by what their size shares with 8.
+fn fewest_elements(dtype: Dtype) -> u64 {
+    8 >> dtype.bits().trailing_zeros().min(3)
+}
+
+struct InMultiplesOf(u64);
+
+impl fmt::Display for InMultiplesOf {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.0 > 1 {
+            write!(f, " in multiples of {}", self.0)?;
         }
         Ok(())
     }

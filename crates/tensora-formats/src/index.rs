@@ -154,6 +154,20 @@ impl CheckpointIndex {
         data_bytes(&self.tensors)
     }
 
+    /// About how much memory the index itself takes, in bytes.
+    pub fn memory_bytes(&self) -> u64 {
+        let of_tensor = |tensor: &TensorEntry| {
+            let numbers = tensor.shape.len() + tensor.strides.as_ref().map_or(0, Vec::len);
+            size_of::<TensorEntry>() + tensor.name.len() + numbers * size_of::<u64>()
+        };
+        let of_file = |file: &FileEntry| {
+            size_of::<FileEntry>() + file.name.len() + file.path.as_os_str().len()
+        };
+        let tensors: usize = self.tensors.iter().map(of_tensor).sum();
+        let files: usize = self.files.iter().map(of_file).sum();
+        (tensors + files) as u64
+    }
+
     /// What a user may want to know and what is no error.
     pub fn notes(&self) -> &[Note] {
         &self.notes

@@ -4,6 +4,9 @@
 //! [`CheckpointIndex::open`] turns a path into files and tensors whose byte ranges are known to lie
 //! inside those files. [`safetensors_layout`], [`store_layout`] and [`partitioned_layout`] are the
 //! other direction: they plan what a writer has to put where.
+//!
+//! [`TensorPart`] says which bytes of a file a slice of a tensor is, and [`windows`](windows()) packs parts into
+//! pieces of bounded size that a reader can read one after the other.
 
 #![forbid(unsafe_code)]
 
@@ -20,6 +23,8 @@ mod quote;
 mod recognise;
 mod safetensors;
 mod serverlessllm;
+mod slice;
+mod windows;
 
 pub use dtype::{Dtype, UnknownDtypeName};
 pub use error::{Error, Result};
@@ -36,6 +41,8 @@ pub use safetensors::{
     safetensors_header_bytes,
 };
 pub use serverlessllm::{ServerlessLlmIndex, parse_serverlessllm_index};
+pub use slice::{DimPart, Remainder, Runs, TensorPart};
+pub use windows::{Copies, Window, WindowExtent, WindowOptions, WindowOrder, WindowPiece, windows};
 
 /// Compiles and runs the example of the README.
 #[cfg(doctest)]

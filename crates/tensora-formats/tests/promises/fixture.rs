@@ -4,6 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use tempfile::TempDir;
+use tensora_formats::{CheckpointIndex, FileEntry, TensorEntry};
 
 /// Asserts that a result is an error of the given form whose message holds all the given texts.
 macro_rules! assert_refused {
@@ -73,4 +74,22 @@ pub(crate) fn index(weight_map: &[(&str, &str)]) -> String {
         .map(|(tensor, file)| format!(r#""{tensor}":"{file}""#))
         .collect();
     format!(r#"{{"weight_map":{{{}}}}}"#, entries.join(","))
+}
+
+/// A tensor's entry, to be changed into any other.
+pub(crate) fn entry() -> TensorEntry {
+    one_tensor().tensors()[0].clone()
+}
+
+/// A file of this length, of which nothing else is known.
+pub(crate) fn file(bytes: u64) -> FileEntry {
+    let mut file = one_tensor().files()[0].clone();
+    file.bytes = bytes;
+    file
+}
+
+fn one_tensor() -> CheckpointIndex {
+    let directory = Directory::new();
+    let path = directory.write("model.safetensors", shard(&["t"]));
+    CheckpointIndex::open(path).unwrap()
 }

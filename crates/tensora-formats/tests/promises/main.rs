@@ -13,3 +13,5 @@ mod rule_table;
 mod scale;
 mod serverlessllm_rules;
 mod shards;
+mod slices;
+mod windows;

@@ -361,6 +361,65 @@ fn errors(long: &str, many: &[String]) -> Vec<Error> {
         Error::LayoutOverflow {
             tensor: long.clone(),
         },
+        Error::NoSuchDimension {
+            tensor: long.clone(),
+            shape: vec![u64::MAX; 100_000],
+            dimension: usize::MAX,
+        },
+        Error::SliceOutside {
+            tensor: long.clone(),
+            shape: vec![u64::MAX; 100_000],
+            dimension: usize::MAX,
+            begin: u64::MAX,
+            end: u64::MAX,
+        },
+        Error::SlicedTwice {
+            tensor: long.clone(),
+            dimension: usize::MAX,
+        },
+        Error::SliceCutsByte {
+            tensor: long.clone(),
+            dtype: Dtype::F6E2M3,
+            shape: vec![u64::MAX; 100_000],
+            part: vec![u64::MAX; 100_000],
+        },
+        Error::PartNotStored {
+            tensor: long.clone(),
+            dtype: Dtype::BF16,
+            shape: vec![u64::MAX; 100_000],
+            stored_bytes: u64::MAX,
+        },
+        Error::RangeOutside {
+            begin: u64::MAX,
+            end: u64::MAX,
+            length: u64::MAX,
+        },
+        Error::NoSuchRank {
+            rank: u32::MAX,
+            world: u32::MAX,
+        },
+        Error::UnevenRanks {
+            length: u64::MAX,
+            world: u32::MAX,
+            multiple_of: u64::MAX,
+        },
+        Error::PartOutsideFiles {
+            tensor: long.clone(),
+            file: usize::MAX,
+            files: usize::MAX,
+            begin: u64::MAX,
+            end: u64::MAX,
+        },
+        Error::WindowTooSmall {
+            tensor: long.clone(),
+            window_bytes: u64::MAX,
+            needed_bytes: u64::MAX,
+        },
+        Error::ViewTooLarge {
+            tensor: long.clone(),
+            window_bytes: u64::MAX,
+            needed_bytes: u64::MAX,
+        },
     ]
 }
 
