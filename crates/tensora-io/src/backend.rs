@@ -216,6 +216,23 @@ pub struct ReadStats {
     pub fallbacks: Vec<DirectFallback>,
 }
 
+impl ReadStats {
+    /// Adds what another batch took. A file's fallback is kept once.
+    pub fn merge(&mut self, other: Self) {
+        self.bytes += other.bytes;
+        self.direct_bytes += other.direct_bytes;
+        self.scratch_bytes += other.scratch_bytes;
+        self.operations += other.operations;
+        self.short_reads += other.short_reads;
+        self.retries += other.retries;
+        for fallback in other.fallbacks {
+            if !self.fallbacks.contains(&fallback) {
+                self.fallbacks.push(fallback);
+            }
+        }
+    }
+}
+
 /// A file that was read buffered although direct I/O was preferred.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]

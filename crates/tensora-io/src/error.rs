@@ -1,5 +1,6 @@
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use crate::BackendKind;
 
@@ -133,6 +134,31 @@ pub enum Error {
     Thread {
         /// The operating system's answer.
         source: io::Error,
+    },
+
+    /// A window of a stream does not fit the stream's files or buffers.
+    #[error("window {window} cannot be read: {reason}")]
+    InvalidWindow {
+        /// Position of the window in the stream, from 0.
+        window: usize,
+        /// What does not fit, with the numbers.
+        reason: String,
+    },
+
+    /// The next window of a stream could not be read in time, because its buffers are leased out. The
+    /// stream can be asked again.
+    #[error(
+        "no buffer for the next window after {waited:.1?}: {held} of {buffers} are held by windows that were \
+         handed out earlier; drop these (and every clone and slice of their bytes) before asking for the \
+         next, copy what has to be kept, or use more buffers"
+    )]
+    LeasesHeld {
+        /// How many buffers are leased out.
+        held: u32,
+        /// How many buffers there are.
+        buffers: u32,
+        /// How long was waited for one.
+        waited: Duration,
     },
 
     /// The caller's cancellation token was set; nothing is in flight any more.

@@ -2,8 +2,9 @@
 //!
 //! Four backends ([`BackendKind`]) stand behind one object-safe trait, [`Backend`]: threads, Tokio,
 //! io_uring and memory mapping, each with its own cargo feature. Around them: owned memory with huge
-//! pages ([`Region`]), opened files that know their direct-I/O alignment ([`SourceFile`]), progress and
-//! cancellation ([`Control`]), and facts about the machine ([`Platform`]).
+//! pages ([`Region`]), streams through a bounded set of buffers ([`RangeStream`]), opened files that know
+//! their direct-I/O alignment ([`SourceFile`]), progress and cancellation ([`Control`]), and facts about the
+//! machine ([`Platform`]).
 //!
 //! This crate sees files, byte ranges and destinations, and knows nothing of what the bytes mean.
 #![cfg_attr(doctest, doc = include_str!("../README.md"))]
@@ -48,6 +49,7 @@ mod profile;
 mod profile_store;
 mod residency;
 mod storage;
+mod stream;
 #[cfg(feature = "sync")]
 mod sync;
 #[cfg(feature = "testing")]
@@ -94,6 +96,9 @@ pub use probe::peak_resident_bytes;
 pub use profile::{CacheState, Measurement, Profile, ProfileFact, ProfileIdentity};
 #[cfg(feature = "profiles")]
 pub use profile_store::ProfileStore;
+pub use stream::{
+    FilledWindow, RangeStream, ReadExtent, ReadWindow, StreamParams, StreamStats, WindowHook,
+};
 #[cfg(feature = "sync")]
 pub use sync::SyncBackend;
 #[cfg(feature = "async")]

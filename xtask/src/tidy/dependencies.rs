@@ -50,7 +50,14 @@ const COMMAND_LINE: &[&str] = &[
 /// What a procedural macro brings in.
 const MACROS: &[&str] = &["proc-macro2", "quote", "syn", "unicode-ident"];
 /// What `tensora-io` depends on directly, whatever its features.
-const IO_BASE: &[&str] = &["bytes", "libc", "rustix", "thiserror", "tracing"];
+const IO_BASE: &[&str] = &[
+    "bytes",
+    "futures-core",
+    "libc",
+    "rustix",
+    "thiserror",
+    "tracing",
+];
 /// What those bring in. `errno` serves rustix where it makes no system calls itself.
 const IO_BASE_INDIRECT: &[&str] = &[
     "bitflags",
