@@ -168,7 +168,7 @@ fn plan_hint(error: &PlanError) -> Option<&'static str> {
                 "`--select GLOB` loads a part, and `--memory mapped` (with `--backend auto`) needs \
                  no memory of its own; else raise the control group's limit"
             }
-            MemoryBound::ProcessLimit => {
+            MemoryBound::AddressSpace | MemoryBound::Data => {
                 "`--select GLOB` loads a part; else raise the limits of the process (`ulimit -v`, \
                  `ulimit -d`)"
             }
@@ -203,6 +203,7 @@ fn conversion_hint(error: &ConvertError) -> Option<&'static str> {
 #[cfg(test)]
 mod tests {
     use anyhow::Context;
+    use tensora::heuristics::Proposal;
 
     use super::*;
 
@@ -230,15 +231,21 @@ mod tests {
         for (bound, limit_helps) in [
             (MemoryBound::Machine, false),
             (MemoryBound::ControlGroup, false),
-            (MemoryBound::ProcessLimit, false),
+            (MemoryBound::AddressSpace, false),
+            (MemoryBound::Data, false),
             (MemoryBound::Limit, true),
         ] {
             let refusal = PlanError::DoesNotFit {
                 needed_bytes: 4 << 30,
                 destination_bytes: 4 << 30,
+                buffer_bytes: 0,
+                index_bytes: 0,
                 available_bytes: 1 << 30,
                 bound,
-                mapping: "consent to the contract of mappings".to_owned(),
+                limit_path: None,
+                proposals: vec![Proposal::Map {
+                    steps: vec!["consent to the contract of mappings".to_owned()],
+                }],
             };
             let text = explain(&tensora::Error::from(refusal).into(), false);
             assert!(!text.contains("consent"), "{text}");

@@ -11,8 +11,8 @@ use std::time::Instant;
 
 use tensora_formats::{FileEntry, PlannedFile};
 use tensora_io::{
-    Backend, BackendKind, Control, DirectFallback, DirectPolicy, MemoryFacts, ReadRequest, Region,
-    SourceFile, TransferParams, backend,
+    Backend, BackendKind, Control, DirectFallback, DirectPolicy, MemoryFacts, MemorySource,
+    ReadRequest, Region, SourceFile, TransferParams, backend,
 };
 
 use crate::target::{Staging, check_occupancy, file_size_limit_bytes, free_bytes, refused};
@@ -135,8 +135,10 @@ impl Buffers {
                 needed_bytes: 2 * least_bytes,
                 available_bytes,
                 remedy: match source {
-                    "cgroup" => "raise the control group's memory limit",
-                    "rlimit" => "raise the limits of the process (ulimit -v, ulimit -d)",
+                    MemorySource::ControlGroup => "raise the control group's memory limit",
+                    MemorySource::AddressSpace | MemorySource::Data => {
+                        "raise the limits of the process (ulimit -v, ulimit -d)"
+                    }
                     _ => "free memory on the machine",
                 },
             });

@@ -1,6 +1,8 @@
 use std::fmt;
+use std::path::{Path, PathBuf};
 
-use tensora_io::{BackendKind, DirectPolicy};
+use serde::Serialize;
+use tensora_io::{BackendKind, DirectPolicy, MemorySource};
 
 use crate::Rejection;
 use crate::units::Bytes;
@@ -147,50 +149,142 @@ pub enum PlanError {
         max: u64,
     },
 
-    /// Owned tensors do not fit into memory, and mapping them instead is not possible or not allowed.
+    /// A stream was asked for in mapped memory.
     #[error(
-        "the load needs {} ({needed_bytes} bytes) of memory, but {bound} leaves {} \
-         ({available_bytes} bytes); {}, or {}, or {mapping}",
+        "mapped memory was asked for, but a stream reads into buffers of its own, which it uses again and \
+         again; leave the memory to auto, or map the whole load instead of streaming it"
+    )]
+    MappedStream,
+
+    /// Mapped memory was asked for, and some tensors lie scattered in their files.
+    #[error(
+        "mapped memory was asked for, but {tensors} of the tensors are slices that lie scattered in their \
+         files, which no mapping can show in one piece; ask for owned memory, or select others"
+    )]
+    MappedWithGathered {
+        /// Tensors that have to be gathered.
+        tensors: u64,
+    },
+
+    /// Ranks can only share the page cache here, and reads shall not go through it.
+    #[error(
+        "on {os} ranks can share a read through the page cache only, and the wishes keep reads out of it; \
+         leave the cache and direct I/O to auto, or load without sharing"
+    )]
+    SharingNeedsPageCache {
+        /// The operating system.
+        os: String,
+    },
+
+    /// The load would hold more memory than there is for it, and mapping the tensors instead is not
+    /// possible or not allowed.
+    #[error(
+        "the load needs {} ({needed_bytes} bytes) of memory, {}, but {} leaves {} ({available_bytes} \
+         bytes); {}{}",
         Bytes(*.needed_bytes),
+        shares(*.destination_bytes, *.buffer_bytes, *.index_bytes),
+        bounded(*.bound, .limit_path.as_deref()),
         Bytes(*.available_bytes),
-        fewer(*.needed_bytes, *.destination_bytes, *.available_bytes),
+        ways_out(.proposals),
         .bound.remedy()
     )]
     DoesNotFit {
-        /// What owned tensors and the reads under way take, in bytes.
+        /// All that the load would hold, in bytes.
         needed_bytes: u64,
         /// The tensors' share of that, in bytes.
         destination_bytes: u64,
+        /// The share of the reads under way, in bytes.
+        buffer_bytes: u64,
+        /// The share of the index, in bytes.
+        index_bytes: u64,
         /// What may be used, in bytes.
         available_bytes: u64,
         /// What leaves no more than that.
         bound: MemoryBound,
-        /// What it would take to map the tensors instead, which needs no memory of the load's own.
-        mapping: String,
+        /// The file in which that limit stands, where it stands in one.
+        limit_path: Option<PathBuf>,
+        /// What would fit, each on its own; the best first, and empty when nothing would.
+        proposals: Vec<Proposal>,
+    },
+
+    /// A stream of these tensors takes more than it may have.
+    #[error(
+        "a stream of these tensors takes {} ({least_bytes} bytes) of memory at least, {buffers} buffers of {} \
+         and {} besides, but {} {} ({limit_bytes} bytes); {}{}",
+        Bytes(*.least_bytes),
+        Bytes(*.buffer_bytes),
+        Bytes(.least_bytes.saturating_sub(.buffer_bytes.saturating_mul((*.buffers).into()))),
+        bounded(*.bound, .limit_path.as_deref()),
+        .bound.grants(*.limit_bytes),
+        .bound.remedy(),
+        unwish(.wishes)
+    )]
+    StreamDoesNotFit {
+        /// The least that works, in bytes: buffers, scratch and index.
+        least_bytes: u64,
+        /// Buffers among that.
+        buffers: u32,
+        /// Size of each, in bytes.
+        buffer_bytes: u64,
+        /// What the stream may have, in bytes.
+        limit_bytes: u64,
+        /// What allows no more than that.
+        bound: MemoryBound,
+        /// The file in which that limit stands, where it stands in one.
+        limit_path: Option<PathBuf>,
+        /// Parameters that were set and raise the least.
+        wishes: Vec<&'static str>,
     },
 }
 
 /// What limits the memory of a load.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
 pub enum MemoryBound {
     /// What the machine can still give.
     Machine,
     /// What the control group leaves.
     ControlGroup,
-    /// What the limits of the process on address space and data leave.
-    ProcessLimit,
+    /// What the process's limit on address space leaves.
+    AddressSpace,
+    /// What the process's limit on data leaves.
+    Data,
     /// [`Policy::memory_limit_bytes`](crate::Policy::memory_limit_bytes).
     Limit,
+    /// [`DEFAULT_STREAM_MEMORY_BYTES`](crate::DEFAULT_STREAM_MEMORY_BYTES).
+    StreamDefault,
 }
 
 impl MemoryBound {
-    const fn remedy(self) -> &'static str {
+    /// What a load would need from this bound, as a clause.
+    pub(crate) const fn remedy(self) -> &'static str {
         match self {
             Self::Machine => "free memory on the machine",
             Self::ControlGroup => "raise the control group's memory limit",
-            Self::ProcessLimit => "raise the limits of the process (`ulimit -v`, `ulimit -d`)",
-            Self::Limit => "raise the memory limit",
+            Self::AddressSpace => "raise the process's limit on address space (`ulimit -v`)",
+            Self::Data => "raise the process's limit on data (`ulimit -d`)",
+            Self::Limit | Self::StreamDefault => "raise the memory limit",
+        }
+    }
+
+    /// `allows 1 MiB`, or for facts, of which a stream takes a part only, `leaves it 1 MiB`.
+    pub(crate) fn grants(self, bytes: u64) -> String {
+        let bytes = Bytes(bytes);
+        match self {
+            Self::Limit | Self::StreamDefault => format!("allows {bytes}"),
+            _ => format!("leaves it {bytes}, half of what there is"),
+        }
+    }
+}
+
+impl From<MemorySource> for MemoryBound {
+    fn from(source: MemorySource) -> Self {
+        match source {
+            MemorySource::ControlGroup => Self::ControlGroup,
+            MemorySource::AddressSpace => Self::AddressSpace,
+            MemorySource::Data => Self::Data,
+            _ => Self::Machine,
         }
     }
 }
@@ -200,20 +294,96 @@ impl fmt::Display for MemoryBound {
         f.pad(match self {
             Self::Machine => "the machine",
             Self::ControlGroup => "the control group",
-            Self::ProcessLimit => "the address-space or data limit of the process",
+            Self::AddressSpace => "the process's limit on address space",
+            Self::Data => "the process's limit on data",
             Self::Limit => "the memory limit that was set",
+            Self::StreamDefault => "the default limit of a stream",
         })
     }
 }
 
-fn fewer(needed_bytes: u64, destination_bytes: u64, available_bytes: u64) -> String {
-    let overhead = needed_bytes.saturating_sub(destination_bytes);
-    match available_bytes.saturating_sub(overhead) {
-        0 => "load fewer tensors at a time".to_owned(),
-        room => format!(
-            "load fewer tensors at a time, about {} of them",
-            Bytes(room)
-        ),
+/// A way to get at the tensors within the memory that there is. Its [`Display`](fmt::Display) is a clause.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(tag = "kind", rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum Proposal {
+    /// Map the files instead of reading them.
+    Map {
+        /// What has to be granted or dropped for that, as clauses.
+        steps: Vec<String>,
+    },
+    /// Visit the tensors one after the other, as [`plan_stream`](crate::plan_stream()) plans it.
+    Stream {
+        /// Memory that the stream would hold, in bytes.
+        memory_bytes: u64,
+    },
+    /// Load one rank's slices of the tensors.
+    Slice {
+        /// The smallest number of ranks, if the tensors are split evenly, of which one fits.
+        world: u32,
+    },
+    /// Load a part of the tensors at a time.
+    Select {
+        /// About how much of them fits, in bytes.
+        destination_bytes: u64,
+    },
+}
+
+impl fmt::Display for Proposal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Map { steps } => {
+                write!(f, "map the tensors instead ({})", steps.join(", "))
+            }
+            Self::Stream { memory_bytes } => {
+                write!(f, "stream them through {} of memory", Bytes(*memory_bytes))
+            }
+            Self::Slice { world } => {
+                write!(f, "load the slices of one rank of {world} or more")
+            }
+            Self::Select { destination_bytes } => write!(
+                f,
+                "load fewer tensors at a time, about {} of them",
+                Bytes(*destination_bytes)
+            ),
+        }
+    }
+}
+
+/// `1.4 GiB for tensors, 32 MiB for reads under way and 2 MiB for the index`.
+pub(crate) fn shares(destination_bytes: u64, buffer_bytes: u64, index_bytes: u64) -> String {
+    let mut text = format!("{} for tensors", Bytes(destination_bytes));
+    match index_bytes {
+        0 => text.push_str(&format!(" and {} for reads under way", Bytes(buffer_bytes))),
+        _ => text.push_str(&format!(
+            ", {} for reads under way and {} for the index",
+            Bytes(buffer_bytes),
+            Bytes(index_bytes)
+        )),
+    }
+    text
+}
+
+/// `the control group (/sys/fs/cgroup/app/memory.max)`.
+fn bounded(bound: MemoryBound, limit_path: Option<&Path>) -> String {
+    match limit_path {
+        Some(path) => format!("{bound} ({})", path.display()),
+        None => bound.to_string(),
+    }
+}
+
+/// Every proposal as an alternative, and an `or` for what comes after.
+fn ways_out(proposals: &[Proposal]) -> String {
+    proposals
+        .iter()
+        .map(|proposal| format!("{proposal}, or "))
+        .collect()
+}
+
+fn unwish(wishes: &[&str]) -> String {
+    match wishes {
+        [] => String::new(),
+        wishes => format!(", or leave {} to the planner", wishes.join(" and ")),
     }
 }
 

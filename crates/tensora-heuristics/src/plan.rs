@@ -10,8 +10,9 @@ use crate::{Policy, Workload};
 /// Its [`Display`](fmt::Display) is an explanation for people. Its JSON has the keys `backend`,
 /// `memory`, `direct` ([`reads_direct`](Self::reads_direct)), `direct_policy`, `resident`
 /// (`reread`, `copy` or `copy-and-drop`, and null for mmap), `drop_limit_bytes` (null unless something is
-/// dropped), `chunk_bytes`, `queue_depth`, `workers`, `decisions`, and the inputs `workload`, `platform` and `policy`: give
-/// those three to [`plan`](crate::plan()) again and the same plan comes out.
+/// dropped), `chunk_bytes`, `queue_depth`, `workers`, `window_limit_bytes`, `sharing` (`memory`, `page-cache`, or null
+/// where nothing is shared), `decisions`, and the inputs `workload`, `platform` and `policy`: give those three to
+/// [`plan`](crate::plan()) again and the same plan comes out.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Plan {
@@ -22,6 +23,13 @@ pub struct Plan {
     pub memory: MemoryKind,
     /// Parameters for the backend; they are within their limits.
     pub params: TransferParams,
+    /// Memory for windows, in bytes: what is gathered out of them or shared through them takes no more than
+    /// this beside the tensors, so it is the memory limit for [`plan_stream`](crate::plan_stream()) there. 0 where
+    /// nothing needs windows.
+    pub window_limit_bytes: u64,
+    /// What the ranks that load together read through, so that each byte is read once; `None` where the
+    /// workload has nothing that two of them need.
+    pub sharing: Option<SharedBy>,
     /// Why, in the order in which it was decided.
     pub decisions: Vec<Decision>,
     /// What is to be read.
@@ -36,15 +44,46 @@ impl Plan {
     /// Whether reads are expected to bypass the page cache: the parameters ask for it and the storage
     /// supports it. The backend still finds out per file.
     pub fn reads_direct(&self) -> bool {
-        match self.params.direct {
-            DirectPolicy::Never => false,
-            DirectPolicy::Required => true,
-            DirectPolicy::Preferred => self
-                .platform
-                .storage
-                .as_ref()
-                .is_some_and(|storage| storage.direct.is_supported()),
+        reads_direct(self.params.direct, &self.platform)
+    }
+}
+
+/// Whether reads under this policy are expected to be direct on this platform.
+pub(crate) fn reads_direct(direct: DirectPolicy, platform: &Platform) -> bool {
+    match direct {
+        DirectPolicy::Never => false,
+        DirectPolicy::Required => true,
+        DirectPolicy::Preferred => platform
+            .storage
+            .as_ref()
+            .is_some_and(|storage| storage.direct.is_supported()),
+    }
+}
+
+/// What ranks of one machine read through that need the same bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum SharedBy {
+    /// Memory that all of them map: one of them reads each window into it, and all take from it what they
+    /// need.
+    Memory,
+    /// The page cache: whoever comes first has the kernel fetch a page, and all map it or copy out of it.
+    PageCache,
+}
+
+impl SharedBy {
+    /// The name in JSON and messages.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Memory => "memory",
+            Self::PageCache => "page-cache",
         }
+    }
+}
+
+impl fmt::Display for SharedBy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.as_str())
     }
 }
 
@@ -63,6 +102,8 @@ impl Serialize for Plan {
             chunk_bytes: u64,
             queue_depth: u32,
             workers: u32,
+            window_limit_bytes: u64,
+            sharing: Option<SharedBy>,
             decisions: &'a [Decision],
             workload: &'a Workload,
             platform: &'a Platform,
@@ -83,6 +124,8 @@ impl Serialize for Plan {
             chunk_bytes: self.params.chunk_bytes,
             queue_depth: self.params.queue_depth,
             workers: self.params.workers,
+            window_limit_bytes: self.window_limit_bytes,
+            sharing: self.sharing,
             decisions: &self.decisions,
             workload: &self.workload,
             platform: &self.platform,
@@ -106,8 +149,10 @@ pub(crate) const fn resident_name(policy: ResidentPolicy) -> &'static str {
 #[non_exhaustive]
 pub struct Decision {
     /// What was decided: `memory`, `backend`, `direct`, `resident` (not for mmap), `chunk_bytes`,
-    /// `workers`, `queue_depth` or, where somebody looked for one, `profile` (`used`, `unused`, `absent` or
-    /// `ignored`).
+    /// `workers`, `queue_depth`; `slices`, where parts of files are read, `sharing`, where ranks load together,
+    /// and `profile` (`used`, `unused`, `absent` or `ignored`), where somebody looked for one. A stream has
+    /// `memory_bytes`, `readers`, `buffer_bytes` and `buffers` in place of `memory` and `workers`.
+    /// [`merge_gap_bytes`](crate::merge_gap_bytes()) decides `merge_gap_bytes`.
     pub field: &'static str,
     /// The choice, as it stands in JSON.
     pub chosen: String,

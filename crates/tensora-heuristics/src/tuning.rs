@@ -119,6 +119,92 @@ pub(crate) const MAX_IN_FLIGHT_BYTES: u64 = 32 << 20;
 /// What a load owns beside its destination at most, in bytes: the scratch of the reads in flight.
 pub(crate) const OVERHEAD_BYTES: u64 = MAX_IN_FLIGHT_BYTES;
 
+/// Memory that windows take beside the tensors of a load at most, in bytes, where slices are gathered out of
+/// them or ranks share them. Not measured: half of what a stream has, because the tensors are held, too.
+pub(crate) const WINDOW_MEMORY_BYTES: u64 = 128 << 20;
+
+/// Most ranks of which one is proposed where the whole does not fit. Not measured: more than one machine has
+/// processors of any kind for.
+pub(crate) const PROPOSED_WORLD_MAX: u32 = 64;
+
+/// Memory of a stream where no limit is set, in bytes. Not measured: the limit under which streams have to
+/// attain the device's speed.
+pub(crate) const STREAM_MEMORY_BYTES: u64 = 256 << 20;
+
+/// Window of a stream read by threads or tasks, in bytes. Not measured: two reads of `DEVICE_CHUNK_BYTES`.
+pub(crate) const STREAM_WINDOW_BYTES: u64 = 4 << 20;
+
+/// Window of a stream read by rings, in bytes. Not measured: a full queue of `STREAM_RING_CHUNK_BYTES`; a ring is
+/// made for each.
+pub(crate) const STREAM_RING_WINDOW_BYTES: u64 = 16 << 20;
+
+/// Window of a stream that ranks share, in bytes; they have to agree on it. Not measured.
+pub(crate) const STREAM_SHARED_WINDOW_BYTES: u64 = 4 << 20;
+
+/// Window below which readers are given up rather than making windows shorter, in bytes. Not measured: half of
+/// `DEVICE_CHUNK_BYTES`, with which the device was nearly as fast.
+pub(crate) const STREAM_SMALL_WINDOW_BYTES: u64 = 1 << 20;
+
+/// Shortest window, in bytes. Not measured: one scratch read.
+pub(crate) const STREAM_MIN_WINDOW_BYTES: u64 = 256 << 10;
+
+/// Readers of a stream that are threads or tasks. Not measured for streams: as many as a direct load has workers.
+pub(crate) const STREAM_READERS: u32 = 16;
+
+/// Readers of a stream that are rings. Not measured: with one, the device idles between windows.
+pub(crate) const STREAM_RING_READERS: u32 = 2;
+
+/// Largest read of a stream's ring, in bytes. Not measured for streams: what the device's ceiling was measured
+/// with; no pages are faulted in that a huge page would save.
+pub(crate) const STREAM_RING_CHUNK_BYTES: u64 = 1 << 20;
+
+/// Reads in flight on a stream's ring, at most. Not measured for streams: the same.
+pub(crate) const STREAM_RING_DEPTH: u32 = 16;
+
+/// Readers per CPU of a stream that copies from the page cache. Not measured: its buffers' pages are in place, so
+/// that a thread has nothing to wait for, and the consumer has work, too.
+pub(crate) const STREAM_COPY_READERS_PER_CPU: u32 = 1;
+
+/// Buffers of a stream for each thread or task. Not measured: one being filled, one waiting or with the consumer.
+pub(crate) const STREAM_BUFFERS_PER_READER: u32 = 2;
+
+/// Buffers of a stream for each ring. Not measured: the same memory as with threads.
+pub(crate) const STREAM_RING_BUFFERS_PER_READER: u32 = 4;
+
+/// Buffers beside those being filled, at least, where the limit has room. Not measured: one waiting, one with the
+/// consumer.
+pub(crate) const STREAM_MIN_AHEAD: u32 = 2;
+
+/// Scratch of one reader for unaligned ends of files, in bytes: what `tensora-io` takes for one such read.
+pub(crate) const STREAM_SCRATCH_BYTES: u64 = 384 << 10;
+
+/// Gap between needed bytes that is read rather than skipped, in bytes, on a device. Not measured: at 2.4 GB/s it
+/// takes 27 µs, about as long as one more read.
+pub(crate) const MERGE_GAP_DEVICE_BYTES: u64 = 64 << 10;
+
+/// The same in memory and the page cache. Not measured: at 6 GB/s it takes 1.4 µs, about as long as a call.
+pub(crate) const MERGE_GAP_MEMORY_BYTES: u64 = 8 << 10;
+
+/// The same behind a server. Not measured: at 1 GB/s it takes 1 ms, about as long as a round trip and the
+/// server's own read.
+pub(crate) const MERGE_GAP_SERVER_BYTES: u64 = 1 << 20;
+
+/// The same on a disk with moving heads. Not measured: at 200 MB/s it takes 5 ms, less than a seek.
+pub(crate) const MERGE_GAP_DISK_BYTES: u64 = 1 << 20;
+
+/// The smallest gap that a profile's rate gives, in bytes. Not measured: a page, which is read whole anyway.
+pub(crate) const MERGE_GAP_MIN_BYTES: u64 = 4 << 10;
+
+/// The largest gap that a profile's rate gives, in bytes. Not measured: that of a server.
+pub(crate) const MERGE_GAP_MAX_BYTES: u64 = 1 << 20;
+
+/// What one more read costs a device that is kept busy, in nanoseconds. Not measured: 40,000 reads a second, which
+/// most do.
+pub(crate) const DEVICE_OPERATION_NS: u64 = 25_000;
+
+/// What one more call costs that copies from memory, in nanoseconds. Not measured.
+pub(crate) const CALL_NS: u64 = 1_500;
+
 /// Per cent by which another way must have been measured to be faster to displace the constants' choice: what
 /// the times of one and the same case vary by on a quiet machine.
 pub(crate) const PROFILE_MARGIN_PERCENT: u64 = 3;

@@ -108,6 +108,52 @@ pub struct Workload {
     /// Memory that owned tensors will take, in bytes.
     #[serde(default)]
     pub destination_bytes: u64,
+    /// Bytes of the files that the tensors consist of: what has to be read, without the gaps that are
+    /// read because that is faster.
+    #[serde(default)]
+    pub needed_bytes: u64,
+    /// Memory that the index takes, in bytes.
+    #[serde(default)]
+    pub index_bytes: u64,
+    /// Tensors among those delivered that lie scattered in their file, column slices above all, and are
+    /// gathered out of what is read.
+    #[serde(default)]
+    pub gathered_tensors: u64,
+    /// Bytes of those tensors, as they are delivered.
+    #[serde(default)]
+    pub gathered_bytes: u64,
+    /// Longest stretch of a file that has to be in one buffer for a tensor to be taken out of it, as those
+    /// have to whose elements are in another order in the file, in bytes. Of ranks that share a load, the
+    /// longest that any of them has.
+    #[serde(default)]
+    pub indivisible_bytes: u64,
+    /// What other processes of this machine read of the same files for themselves, where they do so together
+    /// with this one.
+    #[serde(default)]
+    pub shared: Option<SharedWorkload>,
+}
+
+/// How the ranks of one machine overlap that load parts of a checkpoint together.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct SharedWorkload {
+    /// How many ranks there are.
+    pub world: u32,
+    /// Bytes of the files that two or more of them need.
+    pub shared_bytes: u64,
+    /// Bytes that one of them alone needs, all ranks taken together.
+    pub exclusive_bytes: u64,
+}
+
+impl SharedWorkload {
+    /// Ranks that need `shared_bytes` together and `exclusive_bytes` each for itself, in all.
+    pub const fn new(world: u32, shared_bytes: u64, exclusive_bytes: u64) -> Self {
+        Self {
+            world,
+            shared_bytes,
+            exclusive_bytes,
+        }
+    }
 }
 
 impl Workload {
@@ -122,6 +168,12 @@ impl Workload {
             requests: 0,
             largest_request_bytes: 0,
             destination_bytes: 0,
+            needed_bytes: 0,
+            index_bytes: 0,
+            gathered_tensors: 0,
+            gathered_bytes: 0,
+            indivisible_bytes: 0,
+            shared: None,
         }
     }
 }

@@ -3,9 +3,10 @@
 mod common;
 
 use common::{GIB, five_shards, on_tmpfs, one_shard, platform, stored, without};
+use expect_test::{Expect, expect};
 use tensora_heuristics::{
     BackendChoice, CacheChoice, DirectChoice, MappingConsent, MemoryBound, MemoryChoice, PlanError,
-    Policy, Workload, plan,
+    Policy, Proposal, Workload, plan, plan_stream,
 };
 use tensora_io::{BackendKind, DirectPolicy, DirectSupport, FileSystemClass, Platform};
 
@@ -328,71 +329,188 @@ fn shortage(error: &PlanError) -> (u64, u64, MemoryBound) {
     }
 }
 
+/// Refuses a load for want of memory, with this message.
+#[track_caller]
+fn short(
+    workload: &Workload,
+    platform: &Platform,
+    change: impl FnOnce(&mut Policy),
+    expected: &Expect,
+) -> PlanError {
+    let mut policy = Policy::default();
+    change(&mut policy);
+    let error = plan(workload, platform, &policy).expect_err("there is no plan");
+    expected.assert_eq(&error.to_string());
+    error
+}
+
+#[track_caller]
+fn proposals(error: &PlanError) -> &[Proposal] {
+    match error {
+        PlanError::DoesNotFit { proposals, .. } => proposals,
+        other => panic!("{other:?}"),
+    }
+}
+
 #[test]
 fn more_than_the_machine_leaves() {
     let mut small = platform(2);
     small.memory.available_bytes = Some(8 * GIB);
-    let error = refused(
+    let error = short(
         &five_shards(),
         &small,
         |_| {},
-        "the load needs 15.29 GiB (16415025152 bytes) of memory, but the machine leaves 8 GiB \
-         (8589934592 bytes); load fewer tensors at a time, about 7.97 GiB of them, or free \
-         memory on the machine, or map the tensors instead: consent to the contract of mappings",
+        &expect![
+            "the load needs 15.29 GiB (16415025152 bytes) of memory, 15.26 GiB for tensors and 32 MiB for reads under way, but the machine leaves 8 GiB (8589934592 bytes); map the tensors instead (consent to the contract of mappings), or stream them through 128.75 MiB of memory, or load the slices of one rank of 2 or more, or load fewer tensors at a time, about 7.97 GiB of them, or free memory on the machine"
+        ],
     );
     let needed = five_shards().destination_bytes + (32 << 20);
     assert_eq!(shortage(&error), (needed, 8 * GIB, MemoryBound::Machine));
+    let [
+        Proposal::Map { steps },
+        Proposal::Stream { memory_bytes },
+        Proposal::Slice { world: 2 },
+        Proposal::Select { destination_bytes },
+    ] = proposals(&error)
+    else {
+        panic!("{error:?}");
+    };
+    assert_eq!(steps.len(), 1);
+    assert!(*memory_bytes <= 256 << 20);
+    assert_eq!(*destination_bytes, 8 * GIB - (32 << 20));
 }
 
 #[test]
 fn more_than_the_control_group_leaves() {
     let mut small = platform(2);
     small.memory.cgroup_available_bytes = Some(GIB);
-    let error = refused(
-        &one_shard(),
+    small.memory.cgroup_limit_path = Some("/sys/fs/cgroup/serving/memory.max".into());
+    let mut workload = one_shard();
+    workload.index_bytes = 5 << 20;
+    let error = short(
+        &workload,
         &small,
         |policy| {
             policy.memory = MemoryChoice::Owned;
             policy.backend = BackendChoice::Named(BackendKind::Sync);
         },
-        "the load needs 1.43 GiB (1536819200 bytes) of memory, but the control group leaves 1 \
-         GiB (1073741824 bytes); load fewer tensors at a time, about 992 MiB of them, or raise \
-         the control group's memory limit, or map the tensors instead: ask for mapped memory, \
-         consent to the contract of mappings, leave the backend to auto",
+        &expect![
+            "the load needs 1.44 GiB (1542062080 bytes) of memory, 1.4 GiB for tensors, 32 MiB for reads under way and 5 MiB for the index, but the control group (/sys/fs/cgroup/serving/memory.max) leaves 1 GiB (1073741824 bytes); map the tensors instead (ask for mapped memory, consent to the contract of mappings, leave the backend to auto), or stream them through 139 MiB of memory, or load the slices of one rank of 2 or more, or load fewer tensors at a time, about 987 MiB of them, or raise the control group's memory limit"
+        ],
     );
     assert_eq!(shortage(&error).2, MemoryBound::ControlGroup);
+    let PlanError::DoesNotFit {
+        needed_bytes,
+        destination_bytes,
+        buffer_bytes,
+        index_bytes,
+        limit_path,
+        ..
+    } = error
+    else {
+        unreachable!();
+    };
+    assert_eq!(needed_bytes, destination_bytes + buffer_bytes + index_bytes);
+    assert_eq!(index_bytes, 5 << 20);
+    assert_eq!(limit_path, small.memory.cgroup_limit_path);
 }
 
 #[test]
 fn more_than_the_process_may_have() {
     let mut small = platform(2);
-    small.memory.rlimit_available_bytes = Some(GIB);
-    let error = refused(
+    small.memory.data_available_bytes = Some(GIB);
+    let error = short(
         &one_shard(),
         &small,
         |_| {},
-        "the load needs 1.43 GiB (1536819200 bytes) of memory, but the address-space or data \
-         limit of the process leaves 1 GiB (1073741824 bytes); load fewer tensors at a time, \
-         about 992 MiB of them, or raise the limits of the process (`ulimit -v`, `ulimit -d`), \
-         or map the tensors instead: consent to the contract of mappings",
+        &expect![
+            "the load needs 1.43 GiB (1536819200 bytes) of memory, 1.4 GiB for tensors and 32 MiB for reads under way, but the process's limit on data leaves 1 GiB (1073741824 bytes); map the tensors instead (consent to the contract of mappings), or stream them through 134 MiB of memory, or load the slices of one rank of 2 or more, or load fewer tensors at a time, about 992 MiB of them, or raise the process's limit on data (`ulimit -d`)"
+        ],
     );
-    assert_eq!(shortage(&error).2, MemoryBound::ProcessLimit);
+    assert_eq!(shortage(&error).2, MemoryBound::Data);
+    assert!(matches!(proposals(&error)[0], Proposal::Map { .. }));
+    // Mapped files count against this one, so mapping is no way out, with consent or without.
+    small.memory.address_space_available_bytes = Some(GIB / 2);
+    let error = short(
+        &one_shard(),
+        &small,
+        |_| {},
+        &expect![
+            "the load needs 1.43 GiB (1536819200 bytes) of memory, 1.4 GiB for tensors and 32 MiB for reads under way, but the process's limit on address space leaves 512 MiB (536870912 bytes); stream them through 134 MiB of memory, or load the slices of one rank of 3 or more, or load fewer tensors at a time, about 480 MiB of them, or raise the process's limit on address space (`ulimit -v`)"
+        ],
+    );
+    assert_eq!(shortage(&error).2, MemoryBound::AddressSpace);
+    assert!(matches!(proposals(&error)[0], Proposal::Stream { .. }));
+    let mut policy = Policy::default();
+    policy.mapping = MappingConsent::Granted;
+    assert_eq!(plan(&one_shard(), &small, &policy), Err(error));
 }
 
 #[test]
 fn more_than_the_limit_that_was_set() {
-    let error = refused(
+    let error = short(
         &one_shard(),
         &without(on_tmpfs(), &[BackendKind::Mmap]),
         |policy| {
             policy.memory_limit_bytes = Some(GIB);
             policy.mapping = MappingConsent::Granted;
         },
-        "the load needs 1.43 GiB (1536819200 bytes) of memory, but the memory limit that was \
-         set leaves 1 GiB (1073741824 bytes); load fewer tensors at a time, about 992 MiB of \
-         them, or raise the memory limit, or map the tensors instead: unblock mmap",
+        &expect![
+            "the load needs 1.43 GiB (1536819200 bytes) of memory, 1.4 GiB for tensors and 32 MiB for reads under way, but the memory limit that was set leaves 1 GiB (1073741824 bytes); stream them through 16 MiB of memory, or load the slices of one rank of 2 or more, or load fewer tensors at a time, about 992 MiB of them, or raise the memory limit"
+        ],
     );
     assert_eq!(shortage(&error).2, MemoryBound::Limit);
+}
+
+#[test]
+fn nothing_fits() {
+    let error = short(
+        &five_shards(),
+        &without(platform(2), &[BackendKind::Mmap]),
+        |policy| policy.memory_limit_bytes = Some(100_000),
+        &expect![
+            "the load needs 15.29 GiB (16415025152 bytes) of memory, 15.26 GiB for tensors and 32 MiB for reads under way, but the memory limit that was set leaves 97.66 KiB (100000 bytes); raise the memory limit"
+        ],
+    );
+    assert_eq!(proposals(&error), []);
+}
+
+#[test]
+fn what_is_proposed_fits() {
+    let mut workload = five_shards();
+    workload.index_bytes = 3 << 20;
+    for limit_bytes in [20 << 20, 300 << 20, GIB, 5 * GIB, 12 * GIB] {
+        let mut policy = Policy::default();
+        policy.memory_limit_bytes = Some(limit_bytes);
+        let error = plan(&workload, &platform(2), &policy).expect_err("it does not fit");
+        for proposal in proposals(&error) {
+            let (mut workload, mut policy) = (workload.clone(), policy.clone());
+            match proposal {
+                Proposal::Map { .. } => policy.mapping = MappingConsent::Granted,
+                Proposal::Stream { memory_bytes } => {
+                    let stream = plan_stream(&workload, &platform(2), &policy).expect("it fits");
+                    assert_eq!(stream.memory_bytes(), *memory_bytes);
+                    assert!(*memory_bytes <= limit_bytes);
+                    continue;
+                }
+                Proposal::Slice { world } => {
+                    // A rank of fewer does not fit, also where nothing is gathered.
+                    workload.gathered_tensors = 1;
+                    workload.destination_bytes =
+                        five_shards().destination_bytes / u64::from(world - 1);
+                    assert!(plan(&workload, &platform(2), &policy).is_err());
+                    workload.destination_bytes =
+                        five_shards().destination_bytes.div_ceil((*world).into());
+                }
+                Proposal::Select { destination_bytes } => {
+                    workload.destination_bytes = *destination_bytes;
+                }
+                other => panic!("{other}"),
+            }
+            let fits = plan(&workload, &platform(2), &policy);
+            assert!(fits.is_ok(), "{limit_bytes}: {proposal}: {fits:?}");
+        }
+    }
 }
 
 #[test]

@@ -400,15 +400,23 @@ fn as_json() {
           },
           "queue_depth": 1,
           "resident": "reread",
+          "sharing": null,
+          "window_limit_bytes": 0,
           "workers": 16,
           "workload": {
             "access": "whole-files",
             "destination_bytes": 1503264768,
             "files": 1,
+            "gathered_bytes": 0,
+            "gathered_tensors": 0,
+            "index_bytes": 0,
+            "indivisible_bytes": 0,
             "largest_request_bytes": 1503264768,
             "layout": "safetensors",
+            "needed_bytes": 0,
             "read_bytes": 1503264768,
             "requests": 1,
+            "shared": null,
             "tensors": 399
           }
         }"#]].assert_eq(&json);

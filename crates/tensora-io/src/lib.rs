@@ -90,7 +90,7 @@ pub use offload::{Offload, offload};
 pub use placement::{Placement, merge_ranges};
 pub use platform::{
     Availability, BackendFact, DirectSupport, FileSystemClass, HugePages, MemoryFacts, MemoryKind,
-    Platform, StorageFacts,
+    MemorySource, Platform, StorageFacts,
 };
 pub use probe::peak_resident_bytes;
 pub use profile::{CacheState, Measurement, Profile, ProfileFact, ProfileIdentity};

@@ -1,4 +1,5 @@
 use std::fmt;
+use std::path::PathBuf;
 
 use crate::{BackendKind, Error, ProfileFact};
 
@@ -83,20 +84,66 @@ pub struct MemoryFacts {
     /// What that group leaves: the limit less the use that cannot be reclaimed, in bytes. File pages
     /// count as reclaimable.
     pub cgroup_available_bytes: Option<u64>,
-    /// What the limits of this process on address space (`ulimit -v`) and on data (`ulimit -d`) leave,
-    /// in bytes; `None` when both are unlimited or unknown.
-    pub rlimit_available_bytes: Option<u64>,
+    /// The file in which that limit stands (`/sys/fs/cgroup/app/memory.max`).
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub cgroup_limit_path: Option<PathBuf>,
+    /// What the limit of this process on address space (`ulimit -v`) leaves, in bytes; `None` when
+    /// unlimited or unknown. Mapped files count against it.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub address_space_available_bytes: Option<u64>,
+    /// What its limit on data (`ulimit -d`) leaves, in bytes; `None` when unlimited or unknown. Mapped
+    /// files do not count against it.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub data_available_bytes: Option<u64>,
+}
+
+/// What says how much memory a load may use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[cfg_attr(feature = "serde", serde(rename_all = "kebab-case"))]
+#[non_exhaustive]
+pub enum MemorySource {
+    /// What the machine can still give (`MemAvailable`).
+    Machine,
+    /// The memory limit of a control group.
+    #[cfg_attr(feature = "serde", serde(rename = "cgroup"))]
+    ControlGroup,
+    /// The limit of this process on address space (`ulimit -v`).
+    AddressSpace,
+    /// The limit of this process on data (`ulimit -d`).
+    Data,
+}
+
+impl MemorySource {
+    /// The name in JSON and messages.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Machine => "machine",
+            Self::ControlGroup => "cgroup",
+            Self::AddressSpace => "address-space",
+            Self::Data => "data",
+        }
+    }
+}
+
+impl fmt::Display for MemorySource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.as_str())
+    }
 }
 
 impl MemoryFacts {
     /// What a load may use: the tightest of what the machine, the control group and the limits of the
-    /// process leave, in bytes, with the name of the one that decides (`machine`, `cgroup` or
-    /// `rlimit`). `None` when none is known.
-    pub fn usable_bytes(&self) -> Option<(u64, &'static str)> {
+    /// process leave, in bytes, and which of them decides. `None` when none is known.
+    pub fn usable_bytes(&self) -> Option<(u64, MemorySource)> {
         [
-            (self.available_bytes, "machine"),
-            (self.cgroup_available_bytes, "cgroup"),
-            (self.rlimit_available_bytes, "rlimit"),
+            (self.available_bytes, MemorySource::Machine),
+            (self.cgroup_available_bytes, MemorySource::ControlGroup),
+            (
+                self.address_space_available_bytes,
+                MemorySource::AddressSpace,
+            ),
+            (self.data_available_bytes, MemorySource::Data),
         ]
         .into_iter()
         .filter_map(|(bytes, source)| Some((bytes?, source)))

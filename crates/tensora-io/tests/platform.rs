@@ -78,6 +78,8 @@ fn what_was_not_compiled_in_says_which_feature_is_missing() {
 
 #[cfg(all(target_os = "linux", not(tensora_portable)))]
 mod on_linux {
+    use tensora_io::MemorySource;
+
     use super::*;
 
     /// Says that a check cannot be made here, and counts it where a log is asked for.
@@ -314,7 +316,20 @@ mod on_linux {
         assert!(memory.cgroup_available_bytes <= memory.cgroup_limit_bytes);
         let (usable, source) = memory.usable_bytes().unwrap();
         assert!(usable <= available);
-        assert!(["machine", "cgroup", "rlimit"].contains(&source));
+        let decisive = match source {
+            MemorySource::Machine => memory.available_bytes,
+            MemorySource::ControlGroup => memory.cgroup_available_bytes,
+            MemorySource::AddressSpace => memory.address_space_available_bytes,
+            MemorySource::Data => memory.data_available_bytes,
+            other => panic!("{other}"),
+        };
+        assert_eq!(decisive, Some(usable));
+        // The limit stands in a file that has just been read.
+        assert_eq!(
+            memory.cgroup_limit_path.is_some(),
+            memory.cgroup_limit_bytes.is_some()
+        );
+        assert!(memory.cgroup_limit_path.is_none_or(|path| path.exists()));
     }
 
     #[test]

@@ -6,8 +6,8 @@ use comfy_table::Color;
 use serde::Serialize;
 use tensora::heuristics::PlanError;
 use tensora::io::{
-    Availability, DirectSupport, FileSystemClass, HugePages, MemoryFacts, Platform, ProfileFact,
-    SourceFile, StorageFacts,
+    Availability, DirectSupport, FileSystemClass, HugePages, MemoryFacts, MemorySource, Platform,
+    ProfileFact, SourceFile, StorageFacts,
 };
 use tensora::{BackendKind, CheckpointIndex, Format, Loader, MemoryChoice, Plan};
 
@@ -278,8 +278,11 @@ fn memory(memory: &MemoryFacts) -> Finding {
     };
     let usable = size(usable_bytes);
     let text = match source {
-        "cgroup" => format!("{usable} available, bounded by the control group"),
-        "rlimit" => format!("{usable} available, bounded by ulimit -v or -d"),
+        MemorySource::ControlGroup => {
+            format!("{usable} available, bounded by the control group")
+        }
+        MemorySource::AddressSpace => format!("{usable} available, bounded by ulimit -v"),
+        MemorySource::Data => format!("{usable} available, bounded by ulimit -d"),
         _ => format!("{usable} available"),
     };
     let total = match memory.total_bytes {

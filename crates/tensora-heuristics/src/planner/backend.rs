@@ -137,6 +137,14 @@ impl Case<'_> {
         };
         let [first, ..] = regime.order();
         let mut reason = self.regime_reason(regime);
+        if self.streams
+            && matches!(
+                regime,
+                Regime::Small | Regime::Large | Regime::SmallPartitions
+            )
+        {
+            reason.push_str(" That was measured of loads; streams are taken to be alike.");
+        }
         if chosen != first {
             reason.push_str(&format!(
                 " That speaks for {first}, which cannot be used; {chosen} is the next in order of \
@@ -168,9 +176,12 @@ impl Case<'_> {
             (Place::Memory | Place::PageCache, ..) => Regime::Copy,
             (Place::Mixed, ..) if self.is_mostly_resident() => Regime::Copy,
             (Place::Server, ..) => Regime::Server,
-            (_, StorageLayout::ServerlessLlm, AccessPattern::Ranges) => Regime::Extents,
-            (_, StorageLayout::ServerlessLlm, AccessPattern::WholeFiles) if large => Regime::Large,
-            (_, StorageLayout::ServerlessLlm, AccessPattern::WholeFiles) => Regime::SmallPartitions,
+            // A window of a stream is in order, and of few files, already.
+            (_, StorageLayout::ServerlessLlm, AccessPattern::Ranges) if !self.streams => {
+                Regime::Extents
+            }
+            (_, StorageLayout::ServerlessLlm, _) if large => Regime::Large,
+            (_, StorageLayout::ServerlessLlm, _) => Regime::SmallPartitions,
             // A selection is merged into extents and cut into chunks, so its bytes count, not its
             // pattern.
             (_, StorageLayout::SafeTensors, _) if large && self.workload.files > 1 => Regime::Large,

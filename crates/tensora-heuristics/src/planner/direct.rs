@@ -56,6 +56,16 @@ impl Case<'_> {
             }
             return decided(policy, reason, Vec::new());
         }
+        if self.copies_shared_cache() {
+            let reason =
+                "The ranks that load together share the page cache, so reads go through it."
+                    .to_owned();
+            let rejected = vec![Rejection::new(
+                preferred,
+                "every rank would read for itself what all of them need",
+            )];
+            return decided(DirectPolicy::Never, reason, rejected);
+        }
         if self.policy.cache == CacheChoice::Keep && self.place != Place::Memory {
             let reason = format!(
                 "The files shall be in the page cache afterwards, so reads go through it.{}",
@@ -128,6 +138,7 @@ impl Case<'_> {
         };
         let (beside, needed_bytes) = match memory {
             MemoryKind::Mapped => ("they take", self.workload.read_bytes),
+            MemoryKind::Owned if self.streams => ("they take", self.workload.read_bytes),
             MemoryKind::Owned => (
                 "with the tensors they take",
                 self.needed_bytes().saturating_add(self.workload.read_bytes),

@@ -2,17 +2,17 @@
 
 use tensora_io::{BackendKind, DirectPolicy, FileSystemClass};
 
+use super::stream::least_window_memory_bytes;
 use super::{Case, Obstacle, Place, decided};
 use crate::tuning::{self, evidence};
-use crate::units::Bytes;
+use crate::units::{Bytes, count};
 use crate::{
     BackendChoice, CacheChoice, Decision, DirectChoice, MappingConsent, MemoryBound, MemoryChoice,
-    MemoryKind, PlanError, Rejection, Result,
+    MemoryKind, PlanError, Policy, Proposal, Rejection, Result, SharedBy, plan_stream,
 };
 
 /// Owned tensors do not fit.
 struct Shortage {
-    needed_bytes: u64,
     available_bytes: u64,
     bound: MemoryBound,
 }
@@ -64,22 +64,102 @@ impl Case<'_> {
                     MemoryKind::Owned,
                     format!(
                         "it takes {}, and {} leaves {}",
-                        Bytes(shortage.needed_bytes),
+                        Bytes(self.needed_bytes()),
                         shortage.bound,
                         Bytes(shortage.available_bytes)
                     ),
                 )],
             )),
             (Err(_), Some(shortage)) => Err(PlanError::DoesNotFit {
-                needed_bytes: shortage.needed_bytes,
+                needed_bytes: self.needed_bytes(),
                 destination_bytes: self.workload.destination_bytes,
+                buffer_bytes: self.buffer_bytes(),
+                index_bytes: self.workload.index_bytes,
                 available_bytes: shortage.available_bytes,
                 bound: shortage.bound,
-                mapping: format!(
-                    "map the tensors instead: {}",
-                    join(obstacles.iter().map(|o| o.remedy.as_str()), ", ")
-                ),
+                limit_path: self.limit_path(shortage.bound),
+                proposals: self.proposals(&obstacles, &shortage),
             }),
+        }
+    }
+
+    /// What would fit, and really would: each is worked out, not guessed.
+    fn proposals(&self, obstacles: &[Obstacle], shortage: &Shortage) -> Vec<Proposal> {
+        let mut proposals = Vec::new();
+        if self.could_map() {
+            proposals.push(Proposal::Map {
+                steps: obstacles.iter().map(|o| o.remedy.clone()).collect(),
+            });
+        }
+        let policy = Policy {
+            memory: MemoryChoice::Auto,
+            ..self.policy.clone()
+        };
+        if let Ok(stream) = plan_stream(self.workload, self.platform, &policy) {
+            proposals.push(Proposal::Stream {
+                memory_bytes: stream.memory_bytes(),
+            });
+        }
+        let destination_bytes = self.workload.destination_bytes;
+        let beside_bytes = self.needed_bytes().saturating_sub(destination_bytes);
+        let room_bytes = shortage.available_bytes.saturating_sub(beside_bytes);
+        // A slice may have to be gathered.
+        let windows_bytes = if self.needs_windows() {
+            0
+        } else {
+            least_window_memory_bytes(self.workload)
+        };
+        let ranks = self
+            .workload
+            .shared
+            .as_ref()
+            .map_or(1, |shared| shared.world.max(1));
+        let parts = destination_bytes
+            .div_ceil(room_bytes.saturating_sub(windows_bytes).max(1))
+            .saturating_mul(ranks.into());
+        if let Ok(world) = u32::try_from(parts)
+            && (2..=tuning::PROPOSED_WORLD_MAX).contains(&world)
+        {
+            proposals.push(Proposal::Slice { world });
+        }
+        if room_bytes > 0 {
+            proposals.push(Proposal::Select {
+                destination_bytes: room_bytes,
+            });
+        }
+        proposals
+    }
+
+    /// Whether nothing but wishes keeps the tensors from being mapped.
+    fn could_map(&self) -> bool {
+        let available = self
+            .platform
+            .availability(BackendKind::Mmap)
+            .is_some_and(tensora_io::Availability::is_available);
+        let index_fits = self
+            .bound()
+            .is_none_or(|(bytes, _)| self.workload.index_bytes <= bytes);
+        available
+            && index_fits
+            && self.workload.gathered_tensors == 0
+            && self.address_space_shortage().is_none()
+    }
+
+    /// What the limit on address space leaves, where that is too little to map the files.
+    fn address_space_shortage(&self) -> Option<u64> {
+        let left_bytes = self.platform.memory.address_space_available_bytes?;
+        let storage = self.platform.storage.as_ref();
+        // Whole files are mapped, whatever is needed of them.
+        let mapped_bytes = storage
+            .map_or(0, |storage| storage.file_bytes)
+            .max(self.workload.read_bytes);
+        (mapped_bytes > left_bytes).then_some(left_bytes)
+    }
+
+    pub(super) fn limit_path(&self, bound: MemoryBound) -> Option<std::path::PathBuf> {
+        match bound {
+            MemoryBound::ControlGroup => self.platform.memory.cgroup_limit_path.clone(),
+            _ => None,
         }
     }
 
@@ -105,6 +185,24 @@ impl Case<'_> {
             obstacles.push(Obstacle::new(
                 format!("only the mmap backend maps, and {backend} was named"),
                 "leave the backend to auto",
+            ));
+        }
+        if self.workload.gathered_tensors > 0 {
+            obstacles.push(Obstacle::new(
+                format!(
+                    "{} lie scattered in their files, which no mapping can show in one piece",
+                    count(self.workload.gathered_tensors, "slice")
+                ),
+                "select others",
+            ));
+        }
+        if let Some(left_bytes) = self.address_space_shortage() {
+            obstacles.push(Obstacle::new(
+                format!(
+                    "mapped files count against the process's limit on address space, which leaves {}",
+                    Bytes(left_bytes)
+                ),
+                MemoryBound::AddressSpace.remedy(),
             ));
         }
         if let Some(obstacle) = self.obstacle(BackendKind::Mmap) {
@@ -142,6 +240,31 @@ impl Case<'_> {
     }
 
     fn mapping_pays_by_constants(&self) -> std::result::Result<String, String> {
+        let shared = self.workload.shared.as_ref();
+        if let Some(shared) = shared
+            && self.shares()
+            && matches!(self.place, Place::Mixed | Place::Device)
+        {
+            let all_bytes = shared.shared_bytes.saturating_add(shared.exclusive_bytes);
+            return match self.platform.memory.usable_bytes() {
+                Some((usable_bytes, _)) if all_bytes <= usable_bytes => Ok(format!(
+                    "Mappings are allowed, and {} load together: one copy of the files in the page cache, \
+                     {}, is enough for all of them.",
+                    count(shared.world.into(), "rank"),
+                    Bytes(all_bytes)
+                )),
+                Some((usable_bytes, _)) => Err(format!(
+                    "what {} load together takes {} of the page cache, and only {} is left",
+                    count(shared.world.into(), "rank"),
+                    Bytes(all_bytes),
+                    Bytes(usable_bytes)
+                )),
+                None => Err(
+                    "whether what the ranks load together fits into the page cache is not known"
+                        .to_owned(),
+                ),
+            };
+        }
         match self.place {
             Place::PageCache if self.is_served() => Err(
                 "when the server goes away, touching a page that the cache has dropped hangs or kills \
@@ -199,23 +322,52 @@ impl Case<'_> {
         })
     }
 
-    /// What owned tensors and the reads under way take, in bytes.
+    /// All that a load holds whose tensors are owned, in bytes.
     pub(super) fn needed_bytes(&self) -> u64 {
+        self.workload
+            .destination_bytes
+            .saturating_add(self.buffer_bytes())
+            .saturating_add(self.workload.index_bytes)
+    }
+
+    /// What the reads under way take, and windows at least, in bytes.
+    fn buffer_bytes(&self) -> u64 {
         // Scratch never exceeds what is read.
-        let overhead = tuning::OVERHEAD_BYTES.min(self.workload.read_bytes);
-        self.workload.destination_bytes.saturating_add(overhead)
+        let scratch_bytes = tuning::OVERHEAD_BYTES.min(self.workload.read_bytes);
+        if self.needs_windows() {
+            scratch_bytes.saturating_add(least_window_memory_bytes(self.workload))
+        } else {
+            scratch_bytes
+        }
+    }
+
+    /// Whether something is gathered out of windows, or shared through them.
+    fn needs_windows(&self) -> bool {
+        self.workload.gathered_tensors > 0
+            || self.shares() && self.owned_sharing() == SharedBy::Memory
+    }
+
+    /// What windows may take beside the tensors, in bytes.
+    pub(super) fn window_limit_bytes(&self, memory: MemoryKind) -> u64 {
+        if memory == MemoryKind::Mapped || !self.needs_windows() {
+            return 0;
+        }
+        let least_bytes = least_window_memory_bytes(self.workload);
+        let room_bytes = self.bound().map_or(u64::MAX, |(available_bytes, _)| {
+            available_bytes.saturating_sub(self.needed_bytes())
+        });
+        least_bytes
+            .saturating_add(room_bytes)
+            .min(tuning::WINDOW_MEMORY_BYTES.max(least_bytes))
     }
 
     /// The tightest bound on the load's memory, when any is known.
     fn bound(&self) -> Option<(u64, MemoryBound)> {
-        let usable = self.platform.memory.usable_bytes().map(|(bytes, source)| {
-            let bound = match source {
-                "cgroup" => MemoryBound::ControlGroup,
-                "rlimit" => MemoryBound::ProcessLimit,
-                _ => MemoryBound::Machine,
-            };
-            (bytes, bound)
-        });
+        let usable = self
+            .platform
+            .memory
+            .usable_bytes()
+            .map(|(bytes, source)| (bytes, MemoryBound::from(source)));
         let limit = self
             .policy
             .memory_limit_bytes
@@ -227,10 +379,8 @@ impl Case<'_> {
     }
 
     fn shortage(&self) -> Option<Shortage> {
-        let needed_bytes = self.needed_bytes();
         let (available_bytes, bound) = self.bound()?;
-        (needed_bytes > available_bytes).then_some(Shortage {
-            needed_bytes,
+        (self.needed_bytes() > available_bytes).then_some(Shortage {
             available_bytes,
             bound,
         })

@@ -4,10 +4,14 @@ mod memory;
 mod params;
 mod profile;
 mod resident;
+mod sharing;
+mod stream;
 
 use std::fmt;
 
 use profile::Pick;
+use stream::Windows;
+pub use stream::{merge_gap_bytes, plan_stream};
 use tensora_io::{
     Availability, BackendKind, DirectPolicy, DirectSupport, FileSystemClass, Platform,
     StorageFacts, TransferParams,
@@ -56,14 +60,14 @@ use crate::{
 pub fn plan(workload: &Workload, platform: &Platform, policy: &Policy) -> Result<Plan> {
     check_parameters(policy)?;
     check_wishes(policy)?;
-    let mut case = Case {
-        workload,
-        platform,
-        policy,
-        place: Place::of(platform.storage.as_ref(), policy),
-        crowded: false,
-    };
+    if policy.memory == MemoryChoice::Mapped && workload.gathered_tensors > 0 {
+        return Err(PlanError::MappedWithGathered {
+            tensors: workload.gathered_tensors,
+        });
+    }
+    let mut case = Case::new(workload, platform, policy);
     case.check_facts()?;
+    case.check_sharing()?;
 
     let (memory, memory_decision) = case.memory()?;
     if memory == MemoryKind::Owned {
@@ -75,13 +79,18 @@ pub fn plan(workload: &Workload, platform: &Platform, policy: &Policy) -> Result
         backend, params, ..
     } = choice;
 
+    let (sharing, sharing_decision) = case.sharing(memory).unzip();
     let mut decisions = vec![memory_decision];
     decisions.extend(choice.decisions);
+    decisions.extend(case.slices());
+    decisions.extend(sharing_decision);
     decisions.extend(profile_decision);
     Ok(Plan {
         backend,
         memory,
         params,
+        window_limit_bytes: case.window_limit_bytes(memory),
+        sharing,
         decisions,
         workload: workload.clone(),
         platform: platform.clone(),
@@ -240,28 +249,53 @@ struct Case<'a> {
     place: Place,
     /// What is in the page cache and owned tensors do not fit into memory together.
     crowded: bool,
+    /// The tensors are visited through buffers, not held.
+    streams: bool,
 }
 
 /// How to read into memory that is decided upon.
 struct Choice {
     backend: BackendKind,
     params: TransferParams,
+    /// What a stream reads into, whose readers are the parameters' workers; nothing for a load.
+    windows: Windows,
     decisions: Vec<Decision>,
 }
 
-impl Case<'_> {
+impl<'a> Case<'a> {
+    /// A load; nothing is decided but where the bytes are.
+    fn new(workload: &'a Workload, platform: &'a Platform, policy: &'a Policy) -> Self {
+        Self {
+            workload,
+            platform,
+            policy,
+            place: Place::of(platform.storage.as_ref(), policy),
+            crowded: false,
+            streams: false,
+        }
+    }
+
     /// Decides everything but the memory: by constants, or as it was measured.
     fn choose(&self, memory: MemoryKind, pick: Option<&Pick<'_>>) -> Result<Choice> {
         let (backend, backend_decision) = self.backend(memory, pick)?;
         let (direct, direct_decision) = self.direct(backend, memory, pick);
         let (resident, resident_decision) = self.resident(backend, direct);
-        let (params, param_decisions) = self.params(backend, direct, resident, pick);
         let mut decisions = vec![backend_decision, direct_decision];
         decisions.extend(resident_decision);
-        decisions.extend(param_decisions);
+        let (params, windows) = if self.streams {
+            let (params, windows, param_decisions) =
+                self.stream_params(backend, direct, resident, pick)?;
+            decisions.extend(param_decisions);
+            (params, windows)
+        } else {
+            let (params, param_decisions) = self.params(backend, direct, resident, pick);
+            decisions.extend(param_decisions);
+            (params, Windows::default())
+        };
         Ok(Choice {
             backend,
             params,
+            windows,
             decisions,
         })
     }

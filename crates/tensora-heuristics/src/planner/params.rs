@@ -11,7 +11,7 @@ use crate::units::{Bytes, count};
 use crate::{Decision, Rejection};
 
 /// Why a parameter has the value that it has, where that was measured.
-const MEASURED: &str = "As measured: see backend and profile.";
+pub(super) const MEASURED: &str = "As measured: see backend and profile.";
 
 /// Parts of the models that disks of virtual machines name: QEMU, VirtualBox, VMware and Hyper-V, Google, AWS.
 const VIRTUAL_MODELS: [&str; 6] = [
@@ -25,7 +25,7 @@ const VIRTUAL_MODELS: [&str; 6] = [
 
 /// What kind of transfer the parameters are for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Shape {
+pub(super) enum Shape {
     /// Few long reads from a server.
     Server { rings: bool },
     /// Few long direct reads from a disk with moving heads.
@@ -45,7 +45,7 @@ enum Shape {
 
 impl Shape {
     /// Whether reads may go through scratch buffers, so that what is in flight takes memory.
-    fn takes_scratch(self) -> bool {
+    pub(super) fn takes_scratch(self) -> bool {
         !matches!(self, Self::Copy | Self::Buffered | Self::Map)
     }
 }
@@ -73,7 +73,7 @@ impl Case<'_> {
         (params, [chunk, worker, depth])
     }
 
-    fn shape(&self, backend: BackendKind, direct: DirectPolicy) -> Shape {
+    pub(super) fn shape(&self, backend: BackendKind, direct: DirectPolicy) -> Shape {
         let rings = backend == BackendKind::IoUring;
         // Where everything is in the page cache, direct reads are only for what is dropped from it.
         let reads_device = self.reads_direct(direct) && self.place != Place::PageCache;
@@ -92,7 +92,7 @@ impl Case<'_> {
     /// say so, whatever lies below, so the disk has to be attached as one and to name a model that is made
     /// of metal. Believing too little costs a spinning disk some seeks between adjacent reads;
     /// believing too much would cost a fast one most of its speed.
-    fn spins(&self) -> bool {
+    pub(super) fn spins(&self) -> bool {
         let Some(storage) = &self.platform.storage else {
             return false;
         };
@@ -154,18 +154,8 @@ impl Case<'_> {
 
     /// The smallest power of two that holds the longest request, also when its ends are rounded outwards
     /// to blocks.
-    fn fitting_chunk_bytes(&self) -> u64 {
-        let align = match self
-            .platform
-            .storage
-            .as_ref()
-            .map(|storage| &storage.direct)
-        {
-            Some(DirectSupport::Supported {
-                offset_align_bytes, ..
-            }) => u64::from(*offset_align_bytes),
-            _ => 0,
-        };
+    pub(super) fn fitting_chunk_bytes(&self) -> u64 {
+        let align = self.block_bytes();
         match self.workload.largest_request_bytes {
             0 => u64::MAX,
             largest => largest
@@ -173,6 +163,17 @@ impl Case<'_> {
                 .checked_next_power_of_two()
                 .unwrap_or(u64::MAX)
                 .max(TransferParams::MIN_CHUNK_BYTES),
+        }
+    }
+
+    /// What direct reads are multiples of, in bytes; 0 where there are none.
+    pub(super) fn block_bytes(&self) -> u64 {
+        let storage = self.platform.storage.as_ref();
+        match storage.map(|storage| &storage.direct) {
+            Some(DirectSupport::Supported {
+                offset_align_bytes, ..
+            }) => u64::from(*offset_align_bytes),
+            _ => 0,
         }
     }
 
@@ -338,7 +339,7 @@ impl Case<'_> {
 }
 
 /// The planner's value, or the one that the caller set instead.
-fn overridable<T: fmt::Display + Copy + PartialEq>(
+pub(super) fn overridable<T: fmt::Display + Copy + PartialEq>(
     field: &'static str,
     auto: T,
     set: Option<T>,
@@ -365,6 +366,6 @@ fn there_are(chunks: u64) -> String {
     format!("there {verb} {}", count(chunks, "chunk"))
 }
 
-fn saturate(number: u64) -> u32 {
+pub(super) fn saturate(number: u64) -> u32 {
     u32::try_from(number).unwrap_or(u32::MAX)
 }

@@ -307,6 +307,7 @@ impl<'a> Case<'a> {
             DirectChoice::Auto if self.bypasses_cache() => is_direct(measurement),
             DirectChoice::Auto => {
                 let may_be_direct = self.policy.cache != CacheChoice::Keep
+                    && !self.copies_shared_cache()
                     && !matches!(self.place, Place::Memory | Place::PageCache);
                 !is_direct(measurement) || may_be_direct
             }

@@ -111,13 +111,19 @@ impl Case<'_> {
             return false;
         };
         let both = self
-            .workload
-            .destination_bytes
+            .filled_bytes()
             .saturating_add(storage.resident_bytes.unwrap_or(0));
         // Files that live in memory cannot be dropped from it.
         storage.class != FileSystemClass::Memory
             && is_partly_resident(storage)
             && both > usable_bytes
+    }
+
+    /// Memory that fills up while files are copied, in bytes: ranks that load together take as much each.
+    fn filled_bytes(&self) -> u64 {
+        let shared = self.workload.shared.as_ref();
+        let ranks = shared.map_or(1, |shared| shared.world.max(1));
+        self.workload.destination_bytes.saturating_mul(ranks.into())
     }
 
     /// How much to drop from a crowded page cache, in bytes; `None` where there is room. Buffered reads
@@ -136,8 +142,7 @@ impl Case<'_> {
         let margin_bytes =
             tuning::CROWDING_MARGIN_BYTES.max(usable_bytes / tuning::CROWDING_MARGIN_SHARE);
         let excess_bytes = self
-            .workload
-            .destination_bytes
+            .filled_bytes()
             .saturating_add(cached_bytes)
             .saturating_add(margin_bytes)
             .saturating_sub(usable_bytes);

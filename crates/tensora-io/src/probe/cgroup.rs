@@ -5,10 +5,12 @@ use std::path::{Component, Path, PathBuf};
 use super::mounts::Mount;
 
 /// A limit of a control group, and what is left of it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Limit {
     pub(super) limit_bytes: u64,
     pub(super) available_bytes: u64,
+    /// The file in which the limit stands.
+    pub(super) path: PathBuf,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -114,6 +116,7 @@ fn limit(
         ),
     };
     let number = |name| read(&directory.join(name))?.trim().parse::<u64>().ok();
+    let path = directory.join(limit);
     let limit_bytes = number(limit).filter(|&bytes| bytes < UNLIMITED_BYTES)?;
     // Where the use is hidden, the limit itself is still an upper bound.
     let used_bytes = number(used).unwrap_or(0);
@@ -126,6 +129,7 @@ fn limit(
         available_bytes: limit_bytes
             .saturating_sub(used_bytes.saturating_sub(reclaimable_bytes))
             .min(limit_bytes),
+        path,
     })
 }
 
@@ -206,7 +210,8 @@ mod tests {
             tightest("0::/app\n", &[v2("/")], read),
             Some(Limit {
                 limit_bytes: 8 * GIB,
-                available_bytes: 6 * GIB
+                available_bytes: 6 * GIB,
+                path: "/sys/fs/cgroup/app/memory.max".into(),
             })
         );
     }
@@ -223,7 +228,8 @@ mod tests {
             tightest("0::/pod/app", &[v2("/")], read),
             Some(Limit {
                 limit_bytes: 16 * GIB,
-                available_bytes: GIB
+                available_bytes: GIB,
+                path: "/sys/fs/cgroup/pod/memory.max".into(),
             })
         );
     }
@@ -268,7 +274,8 @@ mod tests {
             tightest(membership, &mounts, files(list)),
             Some(Limit {
                 limit_bytes: 6 * GIB,
-                available_bytes: 3 * GIB
+                available_bytes: 3 * GIB,
+                path: "/sys/fs/cgroup/memory/docker/abc/memory.limit_in_bytes".into(),
             })
         );
     }

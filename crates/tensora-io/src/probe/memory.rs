@@ -10,12 +10,15 @@ pub(super) fn facts(mounts: &[Mount]) -> MemoryFacts {
     let meminfo = read_text("/proc/meminfo").unwrap_or_default();
     let group = read_text("/proc/self/cgroup")
         .and_then(|membership| cgroup::tightest(&membership, mounts, |path| read_text(path)));
+    let [address_space_available_bytes, data_available_bytes] = left_to_process();
     MemoryFacts {
         total_bytes: meminfo_bytes(&meminfo, "MemTotal"),
         available_bytes: meminfo_bytes(&meminfo, "MemAvailable"),
-        cgroup_limit_bytes: group.map(|group| group.limit_bytes),
-        cgroup_available_bytes: group.map(|group| group.available_bytes),
-        rlimit_available_bytes: rlimit_available_bytes(),
+        cgroup_limit_bytes: group.as_ref().map(|group| group.limit_bytes),
+        cgroup_available_bytes: group.as_ref().map(|group| group.available_bytes),
+        cgroup_limit_path: group.map(|group| group.path),
+        address_space_available_bytes,
+        data_available_bytes,
     }
 }
 
@@ -28,10 +31,11 @@ fn meminfo_bytes(meminfo: &str, name: &str) -> Option<u64> {
     kibibytes.checked_mul(1024)
 }
 
-fn rlimit_available_bytes() -> Option<u64> {
+/// What the limits on address space and on data leave, in bytes.
+fn left_to_process() -> [Option<u64>; 2] {
     let limits = [Resource::As, Resource::Data].map(|resource| getrlimit(resource).current);
     if limits == [None, None] {
-        return None;
+        return limits;
     }
     let statm = read_text("/proc/self/statm").unwrap_or_default();
     let page_bytes = rustix::param::page_size() as u64;
@@ -52,12 +56,9 @@ fn statm_bytes(statm: &str, page_bytes: u64) -> [u64; 2] {
     })
 }
 
-fn left_of_limits(limits: [Option<u64>; 2], used: [u64; 2]) -> Option<u64> {
-    limits
-        .into_iter()
-        .zip(used)
-        .filter_map(|(limit, used)| Some(limit?.saturating_sub(used)))
-        .min()
+fn left_of_limits(limits: [Option<u64>; 2], used: [u64; 2]) -> [Option<u64>; 2] {
+    let left = |limit: Option<u64>, used| Some(limit?.saturating_sub(used));
+    [left(limits[0], used[0]), left(limits[1], used[1])]
 }
 
 #[cfg(test)]
@@ -99,16 +100,19 @@ HugePages_Total:       0
     }
 
     #[test]
-    fn the_tighter_process_limit_counts() {
+    fn each_process_limit_counts_for_itself() {
         let used = statm_bytes("1000 300 200 10 0 400 0\n", 4096);
         assert_eq!(used, [4_096_000, 1_638_400]);
-        assert_eq!(left_of_limits([None, None], used), None);
-        assert_eq!(left_of_limits([Some(5_000_000), None], used), Some(904_000));
+        assert_eq!(left_of_limits([None, None], used), [None, None]);
+        assert_eq!(
+            left_of_limits([Some(5_000_000), None], used),
+            [Some(904_000), None]
+        );
         assert_eq!(
             left_of_limits([Some(5_000_000), Some(2_000_000)], used),
-            Some(361_600)
+            [Some(904_000), Some(361_600)]
         );
-        assert_eq!(left_of_limits([Some(1), None], used), Some(0));
+        assert_eq!(left_of_limits([Some(1), None], used), [Some(0), None]);
         assert_eq!(statm_bytes("x", 4096), [0, 0]);
         assert_eq!(statm_bytes(&u64::MAX.to_string(), 4096), [u64::MAX, 0]);
     }
