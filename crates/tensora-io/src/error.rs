@@ -161,6 +161,76 @@ pub enum Error {
         waited: Duration,
     },
 
+    /// The system, or this build, does not let a process do what was asked for.
+    #[error("{operation} is not possible here: {reason}; {remedy}")]
+    Unsupported {
+        /// What was asked for.
+        operation: &'static str,
+        /// What stands in the way.
+        reason: String,
+        /// What would remove it, or what to do instead.
+        remedy: &'static str,
+    },
+
+    /// The name of a group of processes cannot be one.
+    #[error("the group name {group:?} {reason}; use 1 to {max_bytes} bytes without NUL")]
+    InvalidGroup {
+        /// The name.
+        group: String,
+        /// What is wrong with it.
+        reason: String,
+        /// The longest name allowed, in bytes.
+        max_bytes: usize,
+    },
+
+    /// A group of processes did not let this one in.
+    #[error("the group {group:?} refused rank {rank}: {reason}")]
+    GroupRefused {
+        /// Name of the group.
+        group: String,
+        /// Rank of this process.
+        rank: u32,
+        /// What does not fit, and what to do about it.
+        reason: String,
+    },
+
+    /// A group of processes could not be made or joined.
+    #[error("joining the group {group:?} failed: could not {operation}: {source}{}", remedy(.source))]
+    Group {
+        /// Name of the group.
+        group: String,
+        /// What was attempted, as a verb.
+        operation: &'static str,
+        /// The operating system's answer.
+        source: io::Error,
+    },
+
+    /// Another member of a group failed to read a window that this one wants too.
+    #[error("rank {rank}, which read for all, failed: {message}")]
+    ReadByPeer {
+        /// Rank of the member that read.
+        rank: u32,
+        /// Its error, with file and offset.
+        message: String,
+    },
+
+    /// A group went on without this member, because the others waited for its leases.
+    #[error(
+        "rank {rank} was taken out of the group {group:?}: the others waited {waited:.1?} for the {held} windows that \
+         it held; drop windows (and every clone and slice of their bytes) before asking for the next, copy what \
+         has to be kept, or use more buffers or a longer lease timeout"
+    )]
+    GroupLeasesHeld {
+        /// Name of the group.
+        group: String,
+        /// Rank of this process.
+        rank: u32,
+        /// How many windows it held.
+        held: u32,
+        /// How long the others waited.
+        waited: Duration,
+    },
+
     /// The caller's cancellation token was set; nothing is in flight any more.
     #[error("cancelled")]
     Cancelled,

@@ -48,6 +48,8 @@ mod profile;
 #[cfg(feature = "profiles")]
 mod profile_store;
 mod residency;
+#[cfg(feature = "shared")]
+mod shared;
 mod storage;
 mod stream;
 #[cfg(feature = "sync")]
@@ -96,6 +98,10 @@ pub use probe::peak_resident_bytes;
 pub use profile::{CacheState, Measurement, Profile, ProfileFact, ProfileIdentity};
 #[cfg(feature = "profiles")]
 pub use profile_store::ProfileStore;
+#[cfg(feature = "shared")]
+pub use shared::{
+    RankSet, SharedOptions, SharedReport, SharedRole, SharedStream, SharedWindow,
+};
 pub use stream::{
     FilledWindow, RangeStream, ReadExtent, ReadWindow, StreamParams, StreamStats, WindowHook,
 };
