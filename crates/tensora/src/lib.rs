@@ -22,6 +22,7 @@ mod lazy;
 mod loader;
 mod report;
 mod selection;
+mod slices;
 mod tensor;
 
 pub use checkpoint::Checkpoint;
@@ -29,6 +30,8 @@ pub use error::{Error, Result};
 pub use lazy::LazyCheckpoint;
 pub use loader::{LoadProgress, Loader, ProfileChoice};
 pub use report::LoadReport;
+pub use selection::Pattern;
+pub use slices::{Preset, SlicePart, SliceRule, SliceRules};
 pub use tensor::Tensor;
 
 #[cfg(feature = "convert")]
