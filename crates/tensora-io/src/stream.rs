@@ -1,4 +1,5 @@
 //! Windows of files, read ahead by threads into a bounded set of reused buffers.
+#![forbid(unsafe_code)]
 
 mod state;
 mod window;
@@ -21,7 +22,12 @@ use crate::{
 use state::{Failure, Shared, Turn};
 pub use window::{ReadExtent, ReadWindow};
 
-/// How a stream is read, and how much memory it takes.
+/// How a stream is read, and how much memory it takes: `buffers` times `buffer_bytes`, and scratch for ragged ends.
+///
+/// A reader has the reads of its own window in flight and no others, so what the device sees is `readers` times
+/// the workers, queue depth and chunk of `transfer`, less what is missing at each window's end. Rings and Tokio
+/// set something up for every window and want larger ones than threads do; but windows should be small enough
+/// that there are at least two buffers per reader, or readers and consumer take turns instead of working at once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct StreamParams {
@@ -135,10 +141,12 @@ pub struct StreamStats {
 
 /// Windows of files, read ahead into a bounded set of buffers and handed out in order.
 ///
-/// Threads take the windows in turn, each with a free buffer, and read them with any [`Backend`]. The stream is
-/// an [`Iterator`] that blocks and a [`Stream`](futures_core::Stream) that does not; both give the same windows. A window's
-/// bytes are a lease: the buffer is read into again once they are dropped. Looking ahead is bounded by the
-/// buffers and nothing else.
+/// Threads take the windows in turn, each with a free buffer, and read them with any [`Backend`]. A window's bytes
+/// are a lease: the buffer is read into again once they are dropped. Looking ahead is bounded by the buffers.
+///
+/// The stream is an [`Iterator`] that blocks and a [`Stream`](futures_core::Stream) that does not; both give the
+/// same windows. Where the methods of both are in scope, say which is meant: `Iterator::next(&mut stream)` or
+/// `StreamExt::next(&mut stream)`.
 ///
 /// ```
 /// use std::sync::Arc;
@@ -332,13 +340,14 @@ impl RangeStream {
 
     /// The next window, the end, or the time at which to ask again if nothing happens before.
     fn ask(&mut self, waker: &Waker) -> Result<Option<Result<FilledWindow>>, Option<Instant>> {
+        let asked = Instant::now();
         let turn = self.job.shared.poll(&self.job, waker);
         if let Turn::Pending {
             deadline,
             new_stall,
         } = turn
         {
-            self.waiting_since.get_or_insert_with(Instant::now);
+            self.waiting_since.get_or_insert(asked);
             match new_stall {
                 // The first is news; one with every window would be noise.
                 Some(1) => tracing::warn!(

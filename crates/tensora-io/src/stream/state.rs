@@ -192,10 +192,10 @@ impl Shared {
             _ => None,
         };
         drop(state);
-        wake(waker);
         if is_over {
             self.freed.notify_all();
         }
+        wake(waker);
         // After the consumer was told: giving memory back to the system takes its time.
         drop((unused, unwanted, leftovers));
     }
