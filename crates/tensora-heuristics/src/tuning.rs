@@ -6,7 +6,10 @@
 //! against this file.
 
 /// Bytes from which a load of several files goes to rings: q8 took 7.4–8.4 s with rings and 8.0–9.8 s
-/// with threads, q06 0.59–0.71 s and 0.59–0.63 s. The crossing lies between; 4 GB is the regime table's.
+/// with threads, q06 0.59–0.71 s and 0.59–0.63 s. The crossing lies between; 4 GB is the regime table's. Later runs
+/// neither move nor confirm it: cold, threads took 1.02 times as long as rings with q06 (21 rounds, from 0.46 to 2.21)
+/// and with 6.2 GB (9 rounds, 0.60 to 2.02; benches/runs/2026-11-23-2cpu-23gib-ext4-matrix), 0.98 times with q06 in
+/// benches/runs/2026-11-23-2cpu-23gib-ext4-rotated, all within what one and the same case varies by.
 pub(crate) const LARGE_LOAD_BYTES: u64 = 4_000_000_000;
 
 /// Per cent of the files' bytes that must be in the page cache for the load to count as resident and be
@@ -28,6 +31,20 @@ pub(crate) const MOSTLY_RESIDENT_PERCENT: u64 = 75;
 /// (benches/runs/2026-11-23-2cpu-23gib-ext4-primed); q8: 12 s, 8 s, and 2.3 s at the same rate. By these figures
 /// the two meet at 78 % and at 84 %.
 pub(crate) const MAP_RESIDENT_PERCENT: u64 = 80;
+
+/// Bytes up to which a load whose files are not in the page cache is mapped where that is allowed. Of times until
+/// every tensor can be used, direct reads took 1.10 (q06) and 1.27 times (6.2 GB) those of a mapping; until every byte was
+/// read once more, too, which is when a mapping pays for pages that the host has taken back, 1.01 and 1.12 times:
+/// medians over 21 and 9 rounds, three formats (benches/runs/2026-11-23-2cpu-23gib-ext4-matrix/run.json). q8 took
+/// 11–14 s mapped and 7.4–9.8 s read; 10.5–12.4 s and 9.1–14.0 s without primed memory
+/// (benches/runs/2026-11-23-cold-parameters.md). What lies between was not measured.
+pub(crate) const MAP_COLD_MAX_BYTES: u64 = 8_000_000_000;
+
+/// Bytes from which such a load is mapped, too, whose files are partly in the page cache, by
+/// `PROFILE_HALF_PERCENT` or more. With half of them there, direct reads and copies took 0.95 and 0.83 times as
+/// long as a mapping by the two clocks (q06, 21 rounds), 1.80 and 1.43 times (6.2 GB, 7 rounds), in the same run. The
+/// crossing lies between.
+pub(crate) const MAP_HALF_MIN_BYTES: u64 = 4_000_000_000;
 
 /// Room that dropping from the page cache leaves beside destination and files, in bytes, at least: for the
 /// rest of the machine. Not measured. Without dropping, q8 fully cached on 24 GiB took 17 to 32 s copied, and
@@ -244,7 +261,36 @@ pub(crate) mod evidence {
         "1.5 GB in 8 partitions took 0.62 s with direct threads and 0.65 s with rings, ",
         hand_measurements!()
     );
-    /// Mapping against reading, cold.
+    macro_rules! matrix {
+        () => {
+            "benches/runs/2026-11-23-2cpu-23gib-ext4-matrix/run.json"
+        };
+    }
+
+    /// Copying out of a mapping against reading, cold.
+    pub(crate) const COLD_COPY_OF_MAPPING: &str = concat!(
+        "1.5 and 6.2 GB took 2.4 to 2.8 times as long as read directly, ",
+        matrix!()
+    );
+    /// Mapping against reading, cold, small enough to be mapped.
+    pub(crate) const COLD_MAPPING_LEADS: &str = concat!(
+        "reading 1.5 and 6.2 GB took 1.10 and 1.27 times as long as mapping them, 1.01 and 1.12 times with \
+         each byte read once more, ",
+        matrix!()
+    );
+    /// Mapping against reading, half-resident, large enough to be mapped.
+    pub(crate) const HALF_MAPPING_LEADS: &str = concat!(
+        "with half of 6.2 GB there, reading took 1.80 times as long as mapping, 1.43 times with each byte \
+         read once more, ",
+        matrix!()
+    );
+    /// The same, too small for that.
+    pub(crate) const HALF_MAPPING_TRAILS: &str = concat!(
+        "with half of 1.5 GB there, reading took 0.95 times as long as mapping, 0.83 times with each byte \
+         read once more, ",
+        matrix!()
+    );
+    /// Mapping against reading, cold and large.
     pub(crate) const COLD_MAPPING: &str = concat!(
         "16.4 GB took 11 to 14 s mapped and 7.4 to 9.8 s read directly, ",
         hand_measurements!()

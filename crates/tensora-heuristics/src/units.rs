@@ -39,6 +39,11 @@ impl fmt::Display for Rate {
     }
 }
 
+/// A round decimal figure, and the same in the unit of all other sizes: `4 GB (3.73 GiB)`.
+pub(crate) fn gigabytes(bytes: u64) -> String {
+    format!("{} GB ({})", bytes / 1_000_000_000, Bytes(bytes))
+}
+
 /// Microseconds as seconds: `0.41 s`, `0.014 s`.
 #[derive(Clone, Copy)]
 pub(crate) struct Seconds(pub(crate) u128);

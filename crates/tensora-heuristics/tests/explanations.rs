@@ -40,9 +40,9 @@ fn large_and_cold() {
                          with threads, benches/runs/2026-11-hand-measurements.md).
                          Not sync: threads trail by a few per cent.
                          Not async: it makes the same reads as sync, each handed to Tokio's blocking pool first.
-                         Not mmap: for owned memory it copies out of the page cache, and cold mappings are slow
-                         (16.4 GB took 11 to 14 s mapped and 7.4 to 9.8 s read directly,
-                         benches/runs/2026-11-hand-measurements.md).
+                         Not mmap: for owned memory it copies out of the page cache, after filling that (1.5 and
+                         6.2 GB took 2.4 to 2.8 times as long as read directly,
+                         benches/runs/2026-11-23-2cpu-23gib-ext4-matrix/run.json).
 
             direct       preferred. The files are not in the page cache. The storage supports direct I/O, and
                          direct reads saturate the device.
@@ -83,9 +83,9 @@ fn large_where_rings_are_blocked() {
                          cannot be used; sync is the next in order of preference.
                          Not io-uring: it cannot run here: io-uring is blocked (unblock io-uring).
                          Not async: it makes the same reads as sync, each handed to Tokio's blocking pool first.
-                         Not mmap: for owned memory it copies out of the page cache, and cold mappings are slow
-                         (16.4 GB took 11 to 14 s mapped and 7.4 to 9.8 s read directly,
-                         benches/runs/2026-11-hand-measurements.md).
+                         Not mmap: for owned memory it copies out of the page cache, after filling that (1.5 and
+                         6.2 GB took 2.4 to 2.8 times as long as read directly,
+                         benches/runs/2026-11-23-2cpu-23gib-ext4-matrix/run.json).
 
             direct       preferred. The files are not in the page cache. The storage supports direct I/O, and
                          direct reads saturate the device.
@@ -178,6 +178,91 @@ fn small_and_warm_with_consent() {
 }
 
 #[test]
+fn cold_with_consent() {
+    let mut policy = Policy::default();
+    policy.mapping = MappingConsent::Granted;
+    explains(
+        &one_shard(),
+        &resident(0),
+        &policy,
+        &expect![[r#"
+        plan         mmap, mapped memory: 8 workers, chunks of 4 MiB, through the page cache.
+        load         1.4 GiB from 1 shard of SafeTensors, whole files: 399 tensors in 1 request.
+        where        ext4 on nvme0n1, 0 % of the files in the page cache; 2 CPUs; 24 GiB of memory left
+                     (machine).
+
+        memory       mapped. The files are not in the page cache. Mappings are allowed, and up to 8 GB (7.45
+                     GiB) it pays to fill the page cache and use the tensors there, since no other memory
+                     has to be zeroed and filled (reading 1.5 and 6.2 GB took 1.10 and 1.27 times as long as
+                     mapping them, 1.01 and 1.12 times with each byte read once more,
+                     benches/runs/2026-11-23-2cpu-23gib-ext4-matrix/run.json).
+                     Not owned: it would copy what can be used in place.
+
+        backend      mmap. Mapped memory comes from the mmap backend only.
+
+        direct       never. A mapping is the page cache itself.
+
+        chunk        4 MiB. Two huge pages: enough to save calls, little enough to share out evenly.
+
+        workers      8. Populating waits for the device, so more workers than CPUs keep that busy.
+
+        queue depth  1. Only rings keep more than one read in flight per worker.
+    "#]],
+    );
+}
+
+#[test]
+fn half_resident_with_consent() {
+    let mut policy = Policy::default();
+    policy.mapping = MappingConsent::Granted;
+    explains(
+        &one_shard(),
+        &resident(500),
+        &policy,
+        &expect![[r#"
+        plan         sync, owned memory: 16 threads, chunks of 2 MiB, direct, what is in the page cache
+                     copied.
+        load         1.4 GiB from 1 shard of SafeTensors, whole files: 399 tensors in 1 request.
+        where        ext4 on nvme0n1, 50 % of the files in the page cache; 2 CPUs; 24 GiB of memory left
+                     (machine).
+
+        memory       owned. It fits: with the reads under way the tensors take 1.43 GiB, and the machine
+                     leaves 24 GiB.
+                     Not mapped: 50 % of the files is in the page cache, and mapping pays from 80 % or 4 GB
+                     (3.73 GiB) on: copying that part while the rest is read directly is faster (with half
+                     of 1.5 GB there, reading took 0.95 times as long as mapping, 0.83 times with each byte
+                     read once more, benches/runs/2026-11-23-2cpu-23gib-ext4-matrix/run.json).
+
+        backend      sync. 1.4 GiB in 1 shard: threads are at least as fast as rings on one shard (1.5 GB in
+                     1 shard took 0.59 to 0.63 s with threads and 0.59 to 0.71 s with rings,
+                     benches/runs/2026-11-hand-measurements.md).
+                     Not async: it makes the same reads as sync, each handed to Tokio's blocking pool first.
+                     Not io-uring: rings lead, by a few per cent, only from 4 GB (3.73 GiB) in several files
+                     on.
+                     Not mmap: for owned memory it copies out of the page cache, after filling that (1.5 and
+                     6.2 GB took 2.4 to 2.8 times as long as read directly,
+                     benches/runs/2026-11-23-2cpu-23gib-ext4-matrix/run.json).
+
+        direct       preferred. 50 % of the files is in the page cache. The storage supports direct I/O, and
+                     direct reads saturate the device.
+                     Not buffered: reading through the page cache costs a second copy and reaches a part of
+                     the device's speed only.
+
+        resident     copy. 50 % of the files is in the page cache. Those chunks are copied at the speed of
+                     memory while the others are read directly.
+                     Not reread: the device would deliver again, more slowly, what is in memory already.
+
+        chunk        2 MiB. Long enough for the device's full speed, short enough to keep many in flight.
+
+        workers      16. They wait for the device rather than compute, so the device's queue decides, not
+                     the CPUs.
+
+        queue depth  1. Only rings keep more than one read in flight per worker.
+    "#]],
+    );
+}
+
+#[test]
 fn selected_ranges() {
     let workload = ranges(StorageLayout::ServerlessLlm, 8, 40, 40 * 300_000);
     explains(
@@ -200,9 +285,9 @@ fn selected_ranges() {
                          file together.
                          Not io-uring: rings are for long batches; the regime table keeps them for whole
                          checkpoints.
-                         Not mmap: for owned memory it copies out of the page cache, and cold mappings are slow
-                         (16.4 GB took 11 to 14 s mapped and 7.4 to 9.8 s read directly,
-                         benches/runs/2026-11-hand-measurements.md).
+                         Not mmap: for owned memory it copies out of the page cache, after filling that (1.5 and
+                         6.2 GB took 2.4 to 2.8 times as long as read directly,
+                         benches/runs/2026-11-23-2cpu-23gib-ext4-matrix/run.json).
 
             direct       preferred. The files are not in the page cache. The storage supports direct I/O, and
                          direct reads saturate the device.
@@ -240,9 +325,9 @@ fn behind_a_server() {
                          read, suit it best.
                          Not async: it makes the same reads as sync, each handed to Tokio's blocking pool first.
                          Not io-uring: many reads at once are what a server behind a file system handles worst.
-                         Not mmap: for owned memory it copies out of the page cache, and cold mappings are slow
-                         (16.4 GB took 11 to 14 s mapped and 7.4 to 9.8 s read directly,
-                         benches/runs/2026-11-hand-measurements.md).
+                         Not mmap: for owned memory it copies out of the page cache, after filling that (1.5 and
+                         6.2 GB took 2.4 to 2.8 times as long as read directly,
+                         benches/runs/2026-11-23-2cpu-23gib-ext4-matrix/run.json).
 
             direct       never. Reads go through the page cache.
                          Not direct: a server's files gain from read-ahead, which direct reads do without.
@@ -342,7 +427,7 @@ fn as_json() {
                 },
                 {
                   "choice": "mmap",
-                  "reason": "for owned memory it copies out of the page cache, and cold mappings are slow (16.4 GB took 11 to 14 s mapped and 7.4 to 9.8 s read directly, benches/runs/2026-11-hand-measurements.md)"
+                  "reason": "for owned memory it copies out of the page cache, after filling that (1.5 and 6.2 GB took 2.4 to 2.8 times as long as read directly, benches/runs/2026-11-23-2cpu-23gib-ext4-matrix/run.json)"
                 }
               ]
             },
@@ -444,9 +529,9 @@ fn half_resident() {
                          with threads, benches/runs/2026-11-hand-measurements.md).
                          Not sync: threads trail by a few per cent.
                          Not async: it makes the same reads as sync, each handed to Tokio's blocking pool first.
-                         Not mmap: for owned memory it copies out of the page cache, and cold mappings are slow
-                         (16.4 GB took 11 to 14 s mapped and 7.4 to 9.8 s read directly,
-                         benches/runs/2026-11-hand-measurements.md).
+                         Not mmap: for owned memory it copies out of the page cache, after filling that (1.5 and
+                         6.2 GB took 2.4 to 2.8 times as long as read directly,
+                         benches/runs/2026-11-23-2cpu-23gib-ext4-matrix/run.json).
 
             direct       preferred. 50 % of the files is in the page cache. The storage supports direct I/O, and
                          direct reads saturate the device.

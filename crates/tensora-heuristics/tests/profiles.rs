@@ -268,11 +268,12 @@ fn mapping_is_weighed_against_reading() {
         ]
     };
     for (per_mille, cold_mapped, warm_mapped, memory) in [
-        // Cold, mapping has to be faster by more than the margin.
+        // Cold and small, mapping has to be slower by more than the margin not to be chosen.
         (0, 1500, 100_000, Owned),
-        (0, 2050, 100_000, Owned),
+        (0, 1930, 100_000, Owned),
+        (0, 1950, 100_000, Mapped),
         (0, 2100, 100_000, Mapped),
-        // Warm, it has to be slower.
+        // Warm, too.
         (1000, 1500, 100_000, Mapped),
         (1000, 1500, 5900, Mapped),
         (1000, 1500, 5000, Owned),
@@ -291,6 +292,12 @@ fn mapping_is_weighed_against_reading() {
         );
         // Without consent there is nothing to weigh.
         assert_eq!(auto(&one_shard(), &platform).memory, Owned);
+    }
+    // Cold and large, it has to be faster.
+    for (cold_mapped, memory) in [(1950, Owned), (2050, Owned), (2100, Mapped)] {
+        let platform = profiled(resident(0), rates(cold_mapped, 100_000));
+        let plan = with(&five_shards(), &platform, consent);
+        assert_eq!(plan.memory, memory, "{cold_mapped}");
     }
     // Times of half-resident files beat what cold and warm ones let expect: that would be to map.
     for (half_owned, half_mapped, memory) in [(3000, 4000, Mapped), (4000, 3000, Owned)] {

@@ -212,6 +212,100 @@ fn partly_resident_files_are_mapped_where_little_is_missing() {
 }
 
 #[test]
+fn cold_and_half_resident_files_are_mapped_where_that_was_measured_to_pay() {
+    let table = [
+        // Bytes, per mille in the page cache, memory, and a word of why not.
+        (GB, 0, MemoryKind::Mapped, ""),
+        (GB, 249, MemoryKind::Mapped, ""),
+        (GB, 250, MemoryKind::Owned, "from 80 % or 4 GB"),
+        (GB, 799, MemoryKind::Owned, "from 80 % or 4 GB"),
+        (4 * GB - 1, 500, MemoryKind::Owned, "from 80 % or 4 GB"),
+        (4 * GB, 500, MemoryKind::Mapped, ""),
+        (4 * GB, 799, MemoryKind::Mapped, ""),
+        (8 * GB, 0, MemoryKind::Mapped, ""),
+        (8 * GB, 500, MemoryKind::Mapped, ""),
+        (8 * GB + 1, 0, MemoryKind::Owned, "up to 8 GB"),
+        (8 * GB + 1, 100, MemoryKind::Owned, "up to 8 GB"),
+        (
+            8 * GB + 1,
+            799,
+            MemoryKind::Owned,
+            "from 80 % or up to 8 GB",
+        ),
+        (8 * GB + 1, 800, MemoryKind::Mapped, ""),
+    ];
+    for (bytes, per_mille, memory, against) in table {
+        for workload in [whole(SafeTensors, 1, bytes), whole(ServerlessLlm, 8, bytes)] {
+            let plan = with(&workload, &resident(per_mille), consent);
+            assert_eq!(plan.memory, memory, "{bytes} {per_mille}");
+            match memory {
+                MemoryKind::Mapped => assert!(!rejection(&plan, "memory", "owned").is_empty()),
+                MemoryKind::Owned => {
+                    let reason = rejection(&plan, "memory", "mapped");
+                    assert!(reason.contains(against), "{bytes} {per_mille}: {reason}");
+                }
+            }
+            // Never without consent.
+            assert_eq!(
+                auto(&workload, &resident(per_mille)).memory,
+                MemoryKind::Owned
+            );
+        }
+    }
+}
+
+#[test]
+fn cold_files_are_not_mapped_where_nobody_measured_it() {
+    let spinning = stored(|storage| {
+        storage.device = Some("sda".to_owned());
+        storage.device_model = Some("ST8000NM0055-1RM112".to_owned());
+        storage.rotational = Some(true);
+    });
+    let strange = stored(|storage| storage.class = FileSystemClass::Unknown);
+    let mut unknown = platform(2);
+    unknown.storage = None;
+    for (platform, against) in [
+        (spinning, "heads seek"),
+        (strange, "behind a server is not known"),
+        (unknown, "where the files are is not known"),
+        (on_nfs(), "wait for the server"),
+    ] {
+        let plan = with(&one_shard(), &platform, consent);
+        assert_eq!(plan.memory, MemoryKind::Owned, "{against}");
+        let reason = rejection(&plan, "memory", "mapped");
+        assert!(reason.contains(against), "{reason}");
+    }
+    let overlay = stored(|storage| storage.class = FileSystemClass::Overlay);
+    assert_eq!(
+        with(&one_shard(), &overlay, consent).memory,
+        MemoryKind::Mapped
+    );
+    // Long extents were measured; a workload without sizes claims none.
+    for (workload, memory) in [
+        (ranges(SafeTensors, 4, 90, 90 * MIB), MemoryKind::Mapped),
+        (ranges(SafeTensors, 4, 90, 90 * MIB - 1), MemoryKind::Owned),
+        (whole(SafeTensors, 1, 0), MemoryKind::Owned),
+    ] {
+        let plan = with(&workload, &platform(2), consent);
+        assert_eq!(plan.memory, memory, "{}", workload.read_bytes);
+    }
+    // Nor is there anything to gain where the page cache cannot hold what is needed of the files.
+    let mut narrow = platform(2);
+    narrow.memory.available_bytes = Some(GIB);
+    let mut part = one_shard();
+    part.destination_bytes = GIB / 2;
+    let plan = with(&part, &narrow, consent);
+    assert_eq!(plan.memory, MemoryKind::Owned);
+    assert!(rejection(&plan, "memory", "mapped").contains("only 1 GiB is left"));
+    // Who wants direct reads gets them.
+    let direct = with(&one_shard(), &platform(2), |policy| {
+        consent(policy);
+        policy.direct = DirectChoice::Policy(DirectPolicy::Preferred);
+    });
+    assert_eq!((direct.backend, direct.memory), (Sync, MemoryKind::Owned));
+}
+
+#[test]
 fn without_direct_reads_partly_resident_files_are_read_through_the_cache() {
     let mut platform = resident(500);
     if let Some(storage) = &mut platform.storage {
@@ -473,6 +567,18 @@ fn too_large_for_memory_is_mapped_with_consent() {
     let plan = with(&one_shard(), &small, consent);
     assert_eq!((plan.backend, plan.memory), (Mmap, MemoryKind::Mapped));
     assert!(rejection(&plan, "memory", "owned").contains("the machine leaves 1 GiB"));
+}
+
+#[test]
+fn mapping_where_it_pays_says_too_that_owned_tensors_would_not_fit() {
+    for per_mille in [0, 1000] {
+        let plan = with(&one_shard(), &resident(per_mille), |policy| {
+            consent(policy);
+            policy.memory_limit_bytes = Some(GIB);
+        });
+        assert_eq!(plan.memory, MemoryKind::Mapped);
+        assert!(rejection(&plan, "memory", "owned").contains("limit that was set leaves 1 GiB"));
+    }
 }
 
 #[test]

@@ -5,7 +5,7 @@ use tensora_io::BackendKind;
 use super::profile::Pick;
 use super::{Case, Obstacle, Place, decided};
 use crate::tuning::{self, evidence};
-use crate::units::{Bytes, count};
+use crate::units::{Bytes, count, gigabytes};
 use crate::{
     AccessPattern, BackendChoice, Decision, MemoryKind, PlanError, Rejection, Result, StorageLayout,
 };
@@ -48,8 +48,8 @@ impl Regime {
                 "for owned memory it adds a mapping to the same copy".to_owned()
             }
             (_, BackendKind::Mmap) => format!(
-                "for owned memory it copies out of the page cache, and cold mappings are slow ({})",
-                evidence::COLD_MAPPING
+                "for owned memory it copies out of the page cache, after filling that ({})",
+                evidence::COLD_COPY_OF_MAPPING
             ),
             (Self::Extents, BackendKind::Sync) => {
                 "its one queue takes the extents as they come, where tasks keep those of one file \
@@ -77,7 +77,7 @@ impl Regime {
             }
             (_, _) => format!(
                 "rings lead, by a few per cent, only from {} in several files on",
-                large_load()
+                gigabytes(tuning::LARGE_LOAD_BYTES)
             ),
         }
     }
@@ -192,7 +192,7 @@ impl Case<'_> {
     fn regime_reason(&self, regime: Regime) -> String {
         let size = Bytes(self.workload.read_bytes);
         let files = self.files();
-        let large = large_load();
+        let large = gigabytes(tuning::LARGE_LOAD_BYTES);
         match regime {
             Regime::Copy if self.place == Place::Mixed => format!(
                 "{} Most of what is left to do is a copy, and threads spread it over the CPUs.",
@@ -229,10 +229,4 @@ impl Case<'_> {
             ),
         }
     }
-}
-
-/// `4 GB (3.73 GiB)`: the regime table's round figure, and the same in the unit of all other sizes.
-fn large_load() -> String {
-    let bytes = tuning::LARGE_LOAD_BYTES;
-    format!("{} GB ({})", bytes / 1_000_000_000, Bytes(bytes))
 }

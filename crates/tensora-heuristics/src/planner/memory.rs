@@ -5,7 +5,7 @@ use tensora_io::{BackendKind, DirectPolicy, FileSystemClass};
 use super::stream::least_window_memory_bytes;
 use super::{Case, Obstacle, Place, decided};
 use crate::tuning::{self, evidence};
-use crate::units::{Bytes, count};
+use crate::units::{Bytes, count, gigabytes};
 use crate::{
     BackendChoice, CacheChoice, Decision, DirectChoice, MappingConsent, MemoryBound, MemoryChoice,
     MemoryKind, PlanError, Policy, Proposal, Rejection, Result, SharedBy, plan_stream,
@@ -39,10 +39,19 @@ impl Case<'_> {
         } else {
             Err(join(obstacles.iter().map(|o| o.reason.as_str()), "; "))
         };
+        let too_large = |shortage: &Shortage| {
+            format!(
+                "it takes {}, and {} leaves {}",
+                Bytes(self.needed_bytes()),
+                shortage.bound,
+                Bytes(shortage.available_bytes)
+            )
+        };
         match (pays, self.shortage()) {
-            (Ok(reason), _) => {
-                let against = match self.place {
-                    Place::Memory | Place::PageCache => {
+            (Ok(reason), shortage) => {
+                let against = match (self.place, shortage) {
+                    (_, Some(shortage)) => too_large(&shortage),
+                    (Place::Memory | Place::PageCache, None) => {
                         format!("it would copy what can be used in place ({})", evidence::WARM)
                     }
                     _ => "it would copy what can be used in place".to_owned(),
@@ -60,15 +69,7 @@ impl Case<'_> {
                 "Owned tensors would not fit into memory, and mappings are allowed: the kernel keeps \
                  as much of the files as there is room for."
                     .to_owned(),
-                vec![Rejection::new(
-                    MemoryKind::Owned,
-                    format!(
-                        "it takes {}, and {} leaves {}",
-                        Bytes(self.needed_bytes()),
-                        shortage.bound,
-                        Bytes(shortage.available_bytes)
-                    ),
-                )],
+                vec![Rejection::new(MemoryKind::Owned, too_large(&shortage))],
             )),
             (Err(_), Some(shortage)) => Err(PlanError::DoesNotFit {
                 needed_bytes: self.needed_bytes(),
@@ -232,7 +233,7 @@ impl Case<'_> {
         match (self.estimate(), by_constants) {
             (None, by_constants) => by_constants,
             (Some(estimate), Ok(_)) if estimate.favours_reading() => Err(estimate.told()),
-            (Some(estimate), Err(_)) if estimate.favours_mapping() => {
+            (Some(estimate), _) if estimate.favours_mapping() => {
                 Ok(format!("Mappings are allowed, and {}.", estimate.told()))
             }
             (Some(_), by_constants) => by_constants,
@@ -292,18 +293,93 @@ impl Case<'_> {
                  for direct reads to make up for copying it.",
                 self.whereabouts()
             )),
-            Place::Mixed => Err(format!(
-                "{} % of the files is in the page cache, and mapping pays from {} % on: the rest is \
-                 read more slowly through a mapping ({})",
-                self.resident_percent().unwrap_or(0),
-                tuning::MAP_RESIDENT_PERCENT,
-                evidence::COLD_MAPPING
-            )),
-            Place::Unknown | Place::Device => Err(format!(
-                "mapping pays for files that are in memory; cold, it is slower than reading ({})",
-                evidence::COLD_MAPPING
-            )),
+            Place::Mixed | Place::Device => self.populating_pays(),
+            Place::Unknown => Err(
+                "where the files are is not known, and mapping does not pay everywhere".to_owned(),
+            ),
         }
+    }
+
+    /// Whether bringing files of a device into the page cache and using them there is better than reading
+    /// them directly.
+    fn populating_pays(&self) -> std::result::Result<String, String> {
+        let read_bytes = self.workload.read_bytes;
+        if self.has_unknown_class() {
+            return Err(
+                "whether the files are behind a server is not known, and cold files of a server are not \
+                 mapped"
+                    .to_owned(),
+            );
+        }
+        if self.spins() {
+            return Err(
+                "populating a mapping reads in many places at once, which makes a disk's heads seek"
+                    .to_owned(),
+            );
+        }
+        // What was measured are long extents.
+        let mean_bytes = read_bytes / self.workload.requests.max(1);
+        if mean_bytes < tuning::PROFILE_MIN_MEAN_REQUEST_BYTES {
+            return Err(format!(
+                "cold, mapping pays for requests of {} and more, and those of this load have {} on average",
+                Bytes(tuning::PROFILE_MIN_MEAN_REQUEST_BYTES),
+                Bytes(mean_bytes)
+            ));
+        }
+        if let Some((usable_bytes, _)) = self.platform.memory.usable_bytes()
+            && usable_bytes < read_bytes
+        {
+            return Err(format!(
+                "populating a mapping takes {} of the page cache, and only {} is left",
+                Bytes(read_bytes),
+                Bytes(usable_bytes)
+            ));
+        }
+        let most = gigabytes(tuning::MAP_COLD_MAX_BYTES);
+        let percent = self.resident_percent().unwrap_or(0);
+        let is_half = percent >= tuning::PROFILE_HALF_PERCENT;
+        if read_bytes > tuning::MAP_COLD_MAX_BYTES {
+            let (place, from) = if is_half {
+                (
+                    format!("{percent} % of the files is in the page cache"),
+                    format!("from {} % or up to {most}", tuning::MAP_RESIDENT_PERCENT),
+                )
+            } else {
+                (
+                    "the files are not in memory".to_owned(),
+                    format!("up to {most}"),
+                )
+            };
+            return Err(format!(
+                "{place}, and mapping pays {from}: larger loads are read more slowly through a mapping ({})",
+                evidence::COLD_MAPPING
+            ));
+        }
+        if is_half && read_bytes < tuning::MAP_HALF_MIN_BYTES {
+            return Err(format!(
+                "{percent} % of the files is in the page cache, and mapping pays from {} % or {} on: copying \
+                 that part while the rest is read directly is faster ({})",
+                tuning::MAP_RESIDENT_PERCENT,
+                gigabytes(tuning::MAP_HALF_MIN_BYTES),
+                evidence::HALF_MAPPING_TRAILS
+            ));
+        }
+        let measured = if is_half {
+            evidence::HALF_MAPPING_LEADS
+        } else {
+            evidence::COLD_MAPPING_LEADS
+        };
+        Ok(format!(
+            "{} Mappings are allowed, and up to {most} it pays to fill the page cache and use the tensors \
+             there, since no other memory has to be zeroed and filled ({measured}).",
+            self.whereabouts()
+        ))
+    }
+
+    /// Whether nobody knows what kind of file system the files are in.
+    fn has_unknown_class(&self) -> bool {
+        let storage = self.platform.storage.as_ref();
+        storage.is_some_and(|storage| storage.class == FileSystemClass::Unknown)
     }
 
     /// Whether so much is in the page cache that mapping pays although some is not.
