@@ -294,7 +294,8 @@ impl SharedReport {
 ///
 /// Each window is read by one member, with any [`Backend`], into memory that all share, and handed to all
 /// that want it. Its bytes are a lease, as those of a [`RangeStream`](crate::RangeStream): the buffer is read into again
-/// once every member has dropped them. So the slowest member sets the pace.
+/// once every member has dropped them. So the slowest member sets the pace, and what members keep while they
+/// ask for the next must leave a buffer free: `buffers` of `world` + 1 allow each to keep one.
 ///
 /// Members may be lost at any moment: the others go on, with the right bytes, reading alone what nobody reads
 /// for them any more. [`report`](Self::report) says what happened. Memory is bounded by the buffers of

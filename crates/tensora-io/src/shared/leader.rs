@@ -312,8 +312,8 @@ fn hear(rank: u32, connection: &mut Connection, ledger: &mut Ledger) -> bool {
             Message::Returned { window, buffer } => ledger.returned(rank, window, buffer),
             Message::Released { window, buffer } => ledger.released(rank, window, buffer),
             Message::Waiting { window } => ledger.waiting(rank, window),
-            Message::Leave { received } => {
-                ledger.left(rank, received);
+            Message::Leave { fills, reads } => {
+                ledger.left(rank, fills, reads);
                 left = true;
             }
             // No member of this version sends the leader anything else.

@@ -39,15 +39,13 @@ enum Buffer {
     Reading {
         rank: u32,
         window: u32,
+        /// Which of the reads this is that the member was asked for.
+        read: u64,
     },
     /// Looked at by so many members.
-    Held {
-        holders: u32,
-    },
+    Held { holders: u32 },
     /// The same, but one of them was taken out, lives, and may hold it for ever: another one is used in its place.
-    Lost {
-        holders: u32,
-    },
+    Lost { holders: u32 },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,6 +68,8 @@ struct Peer {
     read_bytes: u64,
     /// How many windows it was sent.
     fills: u64,
+    /// How many windows it was asked to read.
+    reads: u64,
     /// Those it has not released, in the order sent.
     held: Vec<Held>,
     /// The window that it waits for.
@@ -124,6 +124,7 @@ impl Ledger {
             reading: 0,
             read_bytes: 0,
             fills: 0,
+            reads: 0,
             held: Vec::new(),
             waiting: None,
         };
@@ -250,17 +251,18 @@ impl Ledger {
         }
     }
 
-    /// A member wants nothing more. Of the windows sent to it, it got the first `received`.
-    pub(super) fn left(&mut self, rank: u32, received: u64) {
+    /// A member wants nothing more. Of what was sent to it, the first `fills` windows came, and the first `reads`
+    /// reads.
+    pub(super) fn left(&mut self, rank: u32, fills: u64, reads: u64) {
         let Some(peer) = self.peers.get_mut(&rank) else {
             return;
         };
         if peer.state == State::Active {
             peer.state = State::Left;
         }
-        let (kept, missed) = peer.held.iter().partition(|held| held.fill < received);
+        let (kept, missed) = peer.held.iter().partition(|held| held.fill < fills);
         peer.held = kept;
-        self.retire(rank, missed);
+        self.retire(rank, missed, reads);
     }
 
     /// A member's connection ended: it looks at nothing any more.
@@ -274,7 +276,7 @@ impl Ledger {
         if was_active {
             self.tell_others(rank);
         }
-        self.retire(rank, held);
+        self.retire(rank, held, u64::MAX);
     }
 
     /// Takes a member out that lives, or may live: what it holds stays its own. `message` tells it.
@@ -297,7 +299,7 @@ impl Ledger {
                 self.replace();
             }
         }
-        self.retire(rank, Vec::new());
+        self.retire(rank, Vec::new(), u64::MAX);
     }
 
     /// A beat has passed.
@@ -357,9 +359,16 @@ impl Ledger {
         if !self.is_active(rank) {
             return false;
         }
+        let own = |state: &Buffer| match *state {
+            Buffer::Reading {
+                rank: reader,
+                window: read,
+                ..
+            } => (reader, read) == (rank, window),
+            _ => false,
+        };
         let reading = self.buffers.get_mut(buffer as usize);
-        let Some(reading) = reading.filter(|state| **state == Buffer::Reading { rank, window })
-        else {
+        let Some(reading) = reading.filter(|state| own(state)) else {
             // No member of this version does that. It reads the rest alone.
             let text = format!("rank {rank} answered for a window that it was not given");
             self.take_out(rank, Message::Dissolved { text });
@@ -373,25 +382,33 @@ impl Ledger {
         true
     }
 
-    /// Takes the reads of a member that takes part no more away from it, and what it held no more.
-    fn retire(&mut self, rank: u32, let_go: Vec<Held>) {
+    /// Takes the reads of a member that takes part no more away from it, and what it held no more. It saw no
+    /// more than the first `reads` of what it was asked to read.
+    fn retire(&mut self, rank: u32, let_go: Vec<Held>, reads: u64) {
         for held in let_go {
             self.let_go(held.buffer);
         }
-        for buffer in 0..self.buffers.len() {
-            if let Buffer::Reading {
+        for (number, index) in (0_u32..).zip(0..self.buffers.len()) {
+            let Buffer::Reading {
                 rank: reader,
                 window,
-            } = self.buffers[buffer]
-                && reader == rank
-            {
+                read,
+            } = self.buffers[index]
+            else {
+                continue;
+            };
+            if reader != rank {
+                continue;
+            }
+            self.buffers[index] = Buffer::Idle;
+            self.pending.insert(window);
+            self.reading -= 1;
+            if read < reads {
                 // The read may still be under way, so the buffer stays out of use, for ever.
-                self.buffers[buffer] = Buffer::Idle;
-                self.effects
-                    .push(Effect::Discard(u32::try_from(buffer).unwrap_or(u32::MAX)));
-                self.pending.insert(window);
-                self.reading -= 1;
+                self.effects.push(Effect::Discard(number));
                 self.replace();
+            } else {
+                self.free.push(number);
             }
         }
         if let Some(peer) = self.peers.get_mut(&rank) {
@@ -472,14 +489,236 @@ impl Ledger {
                 return;
             };
             self.pending.remove(&window);
-            self.buffers[buffer as usize] = Buffer::Reading { rank, window };
+            let Some(peer) = self.peers.get_mut(&rank) else {
+                return;
+            };
+            let read = peer.reads;
+            self.buffers[buffer as usize] = Buffer::Reading { rank, window, read };
             self.reading += 1;
-            if let Some(peer) = self.peers.get_mut(&rank) {
-                peer.reading += 1;
-                peer.read_bytes += self.items[window as usize].bytes;
-            }
+            peer.reading += 1;
+            peer.reads += 1;
+            peer.read_bytes += self.items[window as usize].bytes;
             self.effects
                 .push(Effect::Send(rank, Message::Read { window, buffer }));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// A member, played: what it was sent, and whether it still does anything about it.
+    #[derive(Debug, Default)]
+    struct Played {
+        reads: Vec<(u32, u32)>,
+        holds: Vec<(u32, u32)>,
+        got: Vec<u32>,
+        fills: u64,
+        asked: u64,
+        /// Takes part.
+        active: bool,
+        /// Its connection is open.
+        open: bool,
+    }
+
+    /// Members that do what they are told, late, and sometimes leave, die or wake up after they were taken out.
+    struct Play {
+        ledger: Ledger,
+        items: Vec<Item>,
+        members: BTreeMap<u32, Played>,
+        /// The window that was last read into a buffer.
+        content: Vec<Option<u32>>,
+        /// Buffers that a member which is no more may still read into.
+        unsafe_buffers: BTreeSet<u32>,
+        discarded: BTreeSet<u32>,
+        dissolved: bool,
+    }
+
+    impl Play {
+        fn obey(&mut self) {
+            for effect in self.ledger.take_effects() {
+                match effect {
+                    Effect::Send(rank, Message::Read { window, buffer }) => {
+                        assert!(
+                            !self.unsafe_buffers.contains(&buffer),
+                            "retired, and read into"
+                        );
+                        for (other, member) in self.members.iter().filter(|(_, one)| one.open) {
+                            let busy = member.reads.iter().chain(&member.holds);
+                            assert!(
+                                busy.clone().all(|&(_, b)| b != buffer),
+                                "{other} uses {buffer}"
+                            );
+                        }
+                        let member = self.members.get_mut(&rank).unwrap();
+                        assert!(member.active);
+                        member.reads.push((window, buffer));
+                        member.asked += 1;
+                    }
+                    Effect::Send(rank, Message::Filled { window, buffer }) => {
+                        assert_eq!(self.content[buffer as usize], Some(window));
+                        assert!(self.items[window as usize].wanted.contains(rank));
+                        let member = self.members.get_mut(&rank).unwrap();
+                        assert!(!member.got.contains(&window), "sent twice");
+                        member.got.push(window);
+                        member.holds.push((window, buffer));
+                        member.fills += 1;
+                    }
+                    Effect::Send(rank, Message::WindowFailed { window, .. }) => {
+                        self.members.get_mut(&rank).unwrap().got.push(window);
+                    }
+                    Effect::Send(rank, Message::Dissolved { .. } | Message::LeasesHeld { .. }) => {
+                        self.members.get_mut(&rank).unwrap().active = false;
+                    }
+                    Effect::Send(..) => {}
+                    Effect::Discard(buffer) => {
+                        assert!(self.discarded.insert(buffer), "discarded twice");
+                        self.unsafe_buffers.insert(buffer);
+                    }
+                    Effect::Dissolve(_) => self.dissolved = true,
+                }
+            }
+        }
+
+        fn act(&mut self, rank: u32, what: u8, which: usize) {
+            let member = self.members.get_mut(&rank).unwrap();
+            let pick = |list: &mut Vec<(u32, u32)>| match list.len() {
+                0 => None,
+                len => Some(list.remove(which % len)),
+            };
+            match what {
+                // Answers, also when it was taken out: the ledger must not care.
+                0..=5 if member.open => {
+                    if let Some((window, buffer)) = pick(&mut member.reads) {
+                        let is_own = member.active;
+                        if is_own {
+                            self.content[buffer as usize] = Some(window);
+                        }
+                        match what {
+                            0..=3 => self.ledger.done(rank, window, buffer),
+                            4 => self.ledger.failed(rank, window, buffer, "as told"),
+                            _ => self.ledger.returned(rank, window, buffer),
+                        }
+                    }
+                }
+                6..=12 if member.open => {
+                    if let Some((window, buffer)) = pick(&mut member.holds) {
+                        self.ledger.released(rank, window, buffer);
+                    }
+                }
+                13 if member.active => {
+                    member.active = false;
+                    // Some of what was sent last is still on its way. What it was to read, it gives back.
+                    let unseen = member.holds.len().min(which % 3);
+                    member.holds.truncate(member.holds.len() - unseen);
+                    let reads = std::mem::take(&mut member.reads);
+                    let fills = member.fills - unseen as u64;
+                    let asked = member.asked;
+                    let seen = reads.len() - reads.len().min(which % 2);
+                    for &(window, buffer) in &reads[..seen] {
+                        self.ledger.returned(rank, window, buffer);
+                    }
+                    let unseen_reads = (reads.len() - seen) as u64;
+                    self.ledger.left(rank, fills, asked - unseen_reads);
+                }
+                14 if member.open => {
+                    (member.active, member.open) = (false, false);
+                    self.unsafe_buffers
+                        .extend(member.reads.iter().map(|&(_, buffer)| buffer));
+                    self.ledger.gone(rank);
+                }
+                15 if member.active => {
+                    member.active = false;
+                    let text = "as told".to_owned();
+                    self.ledger.take_out(rank, Message::Dissolved { text });
+                }
+                16 => self.ledger.beat(),
+                17 if member.active => {
+                    let wanted = (0..)
+                        .zip(&self.items)
+                        .filter(|(_, item)| item.wanted.contains(rank));
+                    let next = wanted
+                        .map(|(window, _)| window)
+                        .find(|w| !member.got.contains(w));
+                    if let Some(window) = next {
+                        self.ledger.waiting(rank, window);
+                    }
+                }
+                _ => {}
+            }
+            self.obey();
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(400))]
+
+        /// Whatever members do, a buffer is never read into while somebody may use it, and those that stay get
+        /// everything, unless the group dissolves.
+        #[test]
+        fn nothing_is_overwritten_and_nobody_is_forgotten(
+            wanted in prop::collection::vec(0_u8..32, 0..40),
+            world in 1_u32..6,
+            readers in 1_u32..4,
+            buffers in 1_u32..6,
+            acts in prop::collection::vec((0_u32..5, 0_u8..18, 0_usize..100), 0..300),
+        ) {
+            let items: Vec<Item> = wanted.iter().map(|bits| Item {
+                wanted: (0..world).filter(|rank| bits & (1 << rank) != 0).collect(),
+                bytes: u64::from(*bits),
+                takes_buffer: true,
+            }).collect();
+            let ledger = Ledger::new(items.clone(), (0..world).map(|rank| (rank, readers)), buffers, 3);
+            let member = || Played { active: true, open: true, ..Played::default() };
+            let mut play = Play {
+                ledger,
+                items: items.clone(),
+                members: (0..world).map(|rank| (rank, member())).collect(),
+                content: vec![None; buffers as usize * 2],
+                unsafe_buffers: BTreeSet::new(),
+                discarded: BTreeSet::new(),
+                dissolved: false,
+            };
+            play.obey();
+            for (rank, what, which) in acts {
+                if !play.dissolved {
+                    play.act(rank % world, what, which);
+                }
+            }
+            // From here on, those that are left do as they are told, in the order of the windows.
+            for _ in 0..items.len() * 8 + 64 {
+                for rank in 0..world {
+                    if !play.dissolved && play.members[&rank].active {
+                        play.act(rank, 0, 0);
+                        let next = play.members[&rank].holds.iter().min().copied();
+                        if let Some(next) = next {
+                            play.members.get_mut(&rank).unwrap().holds.retain(|held| *held != next);
+                            play.ledger.released(rank, next.0, next.1);
+                            play.obey();
+                        }
+                    } else if !play.dissolved && play.members[&rank].open {
+                        // It may hold its leases as long as it likes.
+                        play.act(rank, 17, 0);
+                    }
+                }
+                if !play.dissolved {
+                    for rank in 0..world {
+                        play.act(rank, 17, 0);
+                    }
+                    play.act(0, 16, 0);
+                }
+            }
+            if !play.dissolved {
+                prop_assert!(play.ledger.is_finished(), "{:?}", play.ledger);
+                for (&rank, member) in play.members.iter().filter(|(_, one)| one.active) {
+                    let wants = |item: &Item| item.wanted.contains(rank);
+                    let count = items.iter().filter(|item| wants(item)).count();
+                    prop_assert_eq!(member.got.len(), count, "rank {}", rank);
+                }
+            }
         }
     }
 }

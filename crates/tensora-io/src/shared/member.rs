@@ -102,8 +102,9 @@ struct State {
     tasks: VecDeque<(u32, Claim)>,
     received: BTreeMap<u32, Lease>,
     failed: BTreeMap<u32, Error>,
-    /// How many windows came.
+    /// How many windows came, and how many were to be read.
     fills: u64,
+    reads: u64,
     /// Windows that this member read and did not get yet.
     read_here: BTreeSet<u32>,
     over: Option<Over>,
@@ -261,7 +262,7 @@ impl Member {
     fn enter(&mut self, options: &SharedOptions, hello: &Hello, items: &[Item]) -> Result<()> {
         let name = options.socket_name();
         let deadline = Instant::now() + options.join_timeout;
-        let mut last = "no leader was found".to_owned();
+        let mut last = "no leader answered".to_owned();
         loop {
             self.job.control.check()?;
             let entered = match connect(&name, &self.job.group)? {
@@ -270,6 +271,7 @@ impl Member {
                     last = reason;
                     None
                 }
+                Reached::Busy => None,
                 Reached::Nobody => lead(&name, options, hello, items, deadline, &self.job)?
                     .map(|(link, leader)| (link, Some(leader))),
             };
@@ -308,11 +310,11 @@ impl Member {
                 Ok(None)
             }
             Ok(Some(Over::Again(reason))) => {
-                self.leave();
+                self.leave(Reads::Cancel);
                 Ok(Some(reason))
             }
             Ok(Some(Over::Refused(reason))) => {
-                self.leave();
+                self.leave(Reads::Cancel);
                 Err(Error::GroupRefused {
                     group: self.job.group.clone(),
                     rank: self.job.rank,
@@ -320,7 +322,7 @@ impl Member {
                 })
             }
             Ok(Some(Over::Alone(reason))) => {
-                self.leave();
+                self.leave(Reads::Cancel);
                 if is_leader {
                     self.report.role = SharedRole::Leader;
                 }
@@ -335,7 +337,7 @@ impl Member {
                 Ok(None)
             }
             Err(error) => {
-                self.leave();
+                self.leave(Reads::Cancel);
                 Err(error)
             }
         }
@@ -358,14 +360,12 @@ impl Member {
             }
             // The stream that reads the rest can be asked again.
             Some(Err(Error::LeasesHeld { .. })) => {}
-            // Others shall not wait for a member that is at its end, whether it is dropped or not. But one that
-            // has everything may still read for them.
+            // Others shall not wait for a member that is at its end, whether it is dropped or not.
             Some(Err(_)) => self.end(),
             None => {
-                self.ended = true;
-                if self.report.role == SharedRole::Leader || self.connection.is_none() {
-                    self.end();
-                }
+                // What it reads for others now is not read twice.
+                self.leave(Reads::Finish);
+                self.end();
             }
         }
         item
@@ -373,7 +373,7 @@ impl Member {
 
     fn end(&mut self) {
         self.ended = true;
-        self.leave();
+        self.leave(Reads::Cancel);
         self.end_private();
         self.received.clear();
     }
@@ -427,7 +427,7 @@ impl Member {
 
     /// Leaves a group that is over, and goes on with what came and, if need be, alone.
     fn part(&mut self) -> Result<()> {
-        let reason = match self.leave() {
+        let reason = match self.leave(Reads::Cancel) {
             Some(Over::LeasesHeld { held, waited }) => {
                 return Err(Error::GroupLeasesHeld {
                     group: self.job.group.clone(),
@@ -524,9 +524,9 @@ impl Member {
     }
 
     /// Leaves the group, if it is in one: ends its threads, and keeps what came. Why it was over, if it was.
-    fn leave(&mut self) -> Option<Over> {
+    fn leave(&mut self, reads: Reads) -> Option<Over> {
         let connection = self.connection.take()?;
-        let mut state = connection.close();
+        let mut state = connection.close(reads);
         self.received.append(&mut state.received);
         self.failed.append(&mut state.failed);
         self.report.add(state.report);
@@ -599,7 +599,7 @@ impl Connection {
             Ok(()) => Ok(connection),
             Err(error) => {
                 // Ends those that were started.
-                connection.close();
+                connection.close(Reads::Cancel);
                 Err(error)
             }
         }
@@ -683,18 +683,27 @@ impl Connection {
     }
 
     /// Ends the threads, waiting for reads under way, and says good-bye. What came is the caller's.
-    fn close(mut self) -> State {
+    fn close(mut self, reads: Reads) -> State {
         lock(&self.shared.state).closing = true;
-        self.stop.cancel();
+        if reads == Reads::Cancel {
+            self.stop.cancel();
+        }
         self.shared.changed.notify_all();
-        self.shared.link.deafen();
+        let Shared { link, state, .. } = &*self.shared;
+        link.deafen();
         for thread in self.readers.drain(..).chain(self.receiver.take()) {
             let _ = thread.join();
         }
-        let mut state = std::mem::take(&mut *lock(&self.shared.state));
-        state.tasks.clear();
-        let received = state.fills;
-        self.shared.link.send(&Message::Leave { received });
+        let mut state = std::mem::take(&mut *lock(state));
+        for (window, claim) in state.tasks.drain(..) {
+            let buffer = claim.buffer();
+            drop(claim);
+            link.send(&Message::Returned { window, buffer });
+        }
+        link.send(&Message::Leave {
+            fills: state.fills,
+            reads: state.reads,
+        });
         if let Some(leader) = self.leader.take() {
             let _ = leader.join();
         }
@@ -702,9 +711,16 @@ impl Connection {
     }
 }
 
+/// What becomes of reads under way when a member leaves.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Reads {
+    Cancel,
+    Finish,
+}
+
 impl Drop for Member {
     fn drop(&mut self) {
-        self.leave();
+        self.leave(Reads::Cancel);
     }
 }
 
@@ -800,9 +816,10 @@ impl Shared {
                 state.started = true;
                 state.report.members = RankSet::from_bytes(&members).iter().collect();
             }),
-            Message::Read { window, buffer } => self
-                .claim(&state, window, buffer)
-                .map(|claim| state.tasks.push_back((window, claim))),
+            Message::Read { window, buffer } => self.claim(&state, window, buffer).map(|claim| {
+                state.reads += 1;
+                state.tasks.push_back((window, claim));
+            }),
             Message::Filled { window, buffer } => self.claim(&state, window, buffer).map(|claim| {
                 state.fills += 1;
                 let lease = Lease {
@@ -1002,8 +1019,10 @@ fn time(beats: u64) -> Duration {
 /// What answers at a group's name.
 enum Reached {
     Link(Link),
-    /// Somebody who cannot be talked to, or cannot yet.
+    /// Somebody who cannot be talked to.
     Stranger(String),
+    /// Somebody who has too many callers to be talked to now.
+    Busy,
     Nobody,
 }
 
@@ -1011,9 +1030,7 @@ fn connect(name: &str, group: &str) -> Result<Reached> {
     let link = match wire::connect(name) {
         Ok(link) => link,
         Err(Errno::CONNREFUSED) => return Ok(Reached::Nobody),
-        Err(Errno::AGAIN | Errno::INTR) => {
-            return Ok(Reached::Stranger("the leader was busy".to_owned()));
-        }
+        Err(Errno::AGAIN | Errno::INTR) => return Ok(Reached::Busy),
         // The security modules refuse so, where the listener is out of this process's domain.
         Err(error @ (Errno::PERM | Errno::ACCESS)) => {
             let text = format!("the socket of the group cannot be reached: {error}");
@@ -1141,4 +1158,28 @@ fn geometry(files: &[Arc<SourceFile>], windows: &[SharedWindow]) -> u64 {
         wanted.iter().for_each(|rank| add(rank.into()));
     }
     hash
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_system_forbids_is_told_from_what_failed_for_now() {
+        for error in [Errno::PERM, Errno::NOSYS, Errno::AFNOSUPPORT] {
+            let error = failure("make shared memory", "group", error);
+            assert!(matches!(error, Error::Unsupported { .. }));
+            let text = error.to_string();
+            assert!(
+                text.contains("to make shared memory was refused: "),
+                "{text}"
+            );
+            assert!(text.contains("allow memfd_create"), "{text}");
+        }
+        let error = failure("listen for members", "group", Errno::MFILE);
+        assert!(matches!(error, Error::Group { .. }));
+        let text = error.to_string();
+        assert!(text.contains("could not listen for members"), "{text}");
+        assert!(text.contains("ulimit -n"), "{text}");
+    }
 }

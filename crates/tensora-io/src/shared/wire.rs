@@ -52,7 +52,8 @@ pub(super) enum Message {
         window: u32,
     },
     Leave {
-        received: u64,
+        fills: u64,
+        reads: u64,
     },
     // From the leader to a member.
     Refused {
@@ -135,7 +136,7 @@ impl Message {
             Self::Returned { window, buffer } => (4, pair(*window, *buffer), &[]),
             Self::Released { window, buffer } => (5, pair(*window, *buffer), &[]),
             Self::Waiting { window } => (6, pair(*window, 0), &[]),
-            Self::Leave { received } => (7, [*received, 0, 0, 0, 0], &[]),
+            Self::Leave { fills, reads } => (7, [*fills, *reads, 0, 0, 0], &[]),
             Self::Refused { text } => (8, [0; 5], text.as_bytes()),
             Self::Rejected { text } => (9, [0; 5], text.as_bytes()),
             Self::Start {
@@ -204,7 +205,7 @@ impl Message {
                 buffer: narrow(b)?,
             },
             6 => Self::Waiting { window: narrow(a)? },
-            7 => Self::Leave { received: a },
+            7 => Self::Leave { fills: a, reads: b },
             8 => Self::Refused {
                 text: text_string(),
             },
@@ -437,5 +438,131 @@ pub(super) fn accept(listener: &OwnedFd) -> Option<Link> {
             Err(Errno::INTR | Errno::CONNABORTED) => {}
             Err(_) => return None,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn one_of_each() -> Vec<Message> {
+        let (window, buffer, rank) = (7, u32::MAX, 1023);
+        let text = "how it was: ö".to_owned();
+        vec![
+            Message::Beat,
+            Message::Hello(Hello {
+                version: VERSION + 1,
+                rank,
+                world: 1024,
+                readers: 256,
+                geometry: u64::MAX,
+                fingerprint: vec![0, 255, 128],
+            }),
+            Message::Done { window, buffer },
+            Message::Failed {
+                window,
+                buffer,
+                text: text.clone(),
+            },
+            Message::Returned { window, buffer },
+            Message::Released { window, buffer },
+            Message::Waiting { window },
+            Message::Leave {
+                fills: u64::MAX,
+                reads: 3,
+            },
+            Message::Refused { text: text.clone() },
+            Message::Rejected { text: text.clone() },
+            Message::Start {
+                leader: rank,
+                stride: 1 << 40,
+                buffers: 3,
+                members: vec![1, 2, 3],
+            },
+            Message::Read { window, buffer },
+            Message::Filled { window, buffer },
+            Message::WindowFailed {
+                window,
+                rank,
+                text: text.clone(),
+            },
+            Message::Gone { rank },
+            Message::Stalled { beats: 1 << 50 },
+            Message::LeasesHeld {
+                held: 9,
+                beats: 1 << 50,
+            },
+            Message::Dissolved { text },
+            Message::Finished,
+        ]
+    }
+
+    #[test]
+    fn every_message_arrives_as_it_was_sent_and_no_other_record_is_one() {
+        let (first, second) = Link::pair().unwrap();
+        for (kind, message) in one_of_each().into_iter().enumerate() {
+            let record = message.encode();
+            assert_eq!(record[0] as usize, kind, "in the order of their kinds");
+            for cut in 0..HEADER_BYTES {
+                assert_eq!(Message::decode(&record[..cut]), None);
+            }
+            first.send(&message);
+            match second.receive() {
+                Received::Message(received, None) => assert_eq!(received, message),
+                other => panic!("{message:?} became {other:?}"),
+            }
+        }
+        let mut unknown = Message::Finished.encode();
+        unknown[0] += 1;
+        assert_eq!(Message::decode(&unknown), None, "another kind");
+        let mut stranger = one_of_each().swap_remove(1).encode();
+        stranger[8] ^= 1;
+        assert_eq!(Message::decode(&stranger), None, "another magic number");
+    }
+
+    #[test]
+    fn long_texts_are_cut_between_characters() {
+        let text = "ö".repeat(MAX_TEXT_BYTES);
+        for text in [text.clone(), format!("x{text}")] {
+            let record = Message::Refused { text: text.clone() }.encode();
+            let Some(Message::Refused { text: got }) = Message::decode(&record) else {
+                panic!("lost");
+            };
+            assert!(
+                text.starts_with(&got) && got.len() + 2 > MAX_TEXT_BYTES,
+                "{}",
+                got.len()
+            );
+        }
+    }
+
+    #[test]
+    fn what_finds_no_room_waits_and_what_was_sent_survives_the_sender() {
+        let (first, second) = Link::pair().unwrap();
+        let count = 5000_u32;
+        (0..count).for_each(|window| first.send(&Message::Waiting { window }));
+        assert!(first.has_unsent(), "the socket took everything");
+        // Left unread, it resets the connection.
+        second.send(&Message::Beat);
+        let mut next = 0;
+        while next < count {
+            match second.receive() {
+                Received::Message(message, None) => {
+                    assert_eq!(message, Message::Waiting { window: next });
+                    next += 1;
+                }
+                Received::Nothing => first.flush(),
+                other => panic!("{other:?}"),
+            }
+        }
+        first.send(&Message::Finished);
+        drop(first);
+        assert!(matches!(
+            second.receive(),
+            Received::Message(Message::Finished, None)
+        ));
+        assert!(matches!(second.receive(), Received::Ended));
+        second.send(&Message::Beat);
+        assert!(!second.has_unsent(), "nobody is there to wait for");
     }
 }
