@@ -42,7 +42,7 @@ pub struct TensorPart {
     /// The length of each run; 0 only if nothing is delivered.
     run_bytes: u64,
     /// How the runs repeat, outermost dimension first. None has a single index, and neighbours that lie in the file
-    /// as one are one, so that no run begins where the one before it ends.
+    /// as one are one.
     dimensions: Vec<Dimension>,
     /// From the first byte in the file to the end of the last one.
     hull_bytes: u64,

@@ -412,11 +412,10 @@ impl Packer<'_> {
                 continue;
             }
             let position = self.last_that_fits(file, needed.start).min(needed.end);
-            if position <= needed.start {
+            // An extent further on can be close enough to be joined, and what lies between does not fit.
+            if position <= needed.start || !self.cover(file, &(needed.start..position)) {
                 return Covered::Before(needed.start);
             }
-            let fits = self.cover(file, &(needed.start..position));
-            debug_assert!(fits, "no more than the room that is left");
             return Covered::Before(position);
         }
         Covered::All
