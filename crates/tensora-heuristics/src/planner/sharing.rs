@@ -1,10 +1,10 @@
 //! What ranks that load together read through, and what slices cost.
 
-use tensora_io::MemoryKind;
+use tensora_io::{DirectPolicy, MemoryKind};
 
 use super::{Case, Place, decided};
 use crate::units::{Bytes, count};
-use crate::{AccessPattern, Decision, PlanError, Rejection, Result, SharedBy};
+use crate::{AccessPattern, Decision, DirectChoice, PlanError, Rejection, Result, SharedBy};
 
 impl Case<'_> {
     /// Whether there is anything that two ranks need.
@@ -15,7 +15,9 @@ impl Case<'_> {
 
     /// Ranks that can share nothing but the page cache have to be allowed to.
     pub(super) fn check_sharing(&self) -> Result<()> {
-        let around = self.bypasses_cache() || self.policy.direct.is_required();
+        let asked = self.policy.direct == DirectChoice::Policy(DirectPolicy::Preferred)
+            && self.supports_direct().is_ok();
+        let around = self.bypasses_cache() || self.policy.direct.is_required() || asked;
         if self.shares() && !self.has_shared_memory() && around {
             return Err(PlanError::SharingNeedsPageCache {
                 os: self.platform.os.clone(),
@@ -117,7 +119,9 @@ impl Case<'_> {
     /// What is needed and what is read, where that is not simply all of the files.
     pub(super) fn slices(&self) -> Option<Decision> {
         let workload = self.workload;
-        let (needed_bytes, read_bytes) = (workload.needed_bytes, workload.read_bytes);
+        let needed_bytes = workload.needed_bytes;
+        // Nothing is delivered that is not read, whatever the workload claims.
+        let read_bytes = workload.read_bytes.max(needed_bytes);
         let is_part = workload.access == AccessPattern::Ranges || workload.gathered_tensors > 0;
         if needed_bytes == 0 || !is_part {
             return None;

@@ -21,6 +21,8 @@ const BUFFER_ALIGN_BYTES: u64 = 64 << 10;
 /// What a stream reads into.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Windows {
+    /// Readers that the buffers and the scratch are enough for.
+    readers: u32,
     buffers: u32,
     buffer_bytes: u64,
     scratch_bytes: u64,
@@ -302,11 +304,14 @@ impl Case<'_> {
         );
         let sizing = match &self.workload.shared {
             // The same for all ranks, whatever each of them sees of the machine.
-            Some(_) => Sizing {
+            Some(shared) => Sizing {
                 window_bytes: tuning::STREAM_SHARED_WINDOW_BYTES.max(least_window_bytes),
                 least_window_bytes,
-                readers: tuning::STREAM_READERS,
-                readers_set: false,
+                // A reader that was asked for is one of each rank.
+                readers: policy.workers.map_or(tuning::STREAM_READERS, |each| {
+                    each.saturating_mul(shared.world.max(1))
+                }),
+                readers_set: policy.workers.is_some(),
                 buffers: tuning::STREAM_BUFFERS_PER_READER,
                 takes_scratch: true,
             },
@@ -333,8 +338,16 @@ impl Case<'_> {
                 (share, why)
             }
             None => {
-                let most = u32::try_from(self.window_count(window_bytes)).unwrap_or(u32::MAX);
-                let fed = windows.buffers.saturating_sub(1).max(1);
+                let most = saturate(self.window_count(window_bytes));
+                // Where not every window has a buffer of its own, one is with the consumer.
+                let fed = if windows.buffers < most {
+                    windows
+                        .readers
+                        .min(windows.buffers.saturating_sub(1))
+                        .max(1)
+                } else {
+                    windows.readers
+                };
                 if readers <= most.min(fed) {
                     (readers, readers_why.to_owned())
                 } else if most <= fed {
@@ -345,8 +358,9 @@ impl Case<'_> {
                     (most, why)
                 } else {
                     let why = format!(
-                        "More would wait for one of {}, which is all that the limit has room for.",
-                        count(windows.buffers.into(), "buffer")
+                        "The limit has room for {} of {}, which keep no more of them busy.",
+                        count(windows.buffers.into(), "buffer"),
+                        Bytes(window_bytes)
                     );
                     (fed, why)
                 }
@@ -514,6 +528,7 @@ impl Case<'_> {
             let wanted = self.wanted_buffers(sizing, busy, window_bytes);
             let enough = u64::from(wanted.min(busy.saturating_add(tuning::STREAM_MIN_AHEAD)));
             let windows = Windows {
+                readers: busy,
                 buffers: saturate(room).min(wanted),
                 buffer_bytes: window_bytes,
                 scratch_bytes,
