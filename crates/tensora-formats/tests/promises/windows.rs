@@ -221,20 +221,19 @@ fn time_grows_with_the_parts_and_not_with_the_runs() {
 /// Rounds out, joins what is near, and adds up the room: what a part alone takes of a buffer.
 fn room(part: &TensorPart, file_bytes: u64, options: &WindowOptions) -> u64 {
     let align = options.align_bytes.max(1);
-    let mut blocks: Vec<Range<u64>> = part
-        .runs(0..part.bytes())
-        .map(|run| run.start / align * align..(run.end.div_ceil(align) * align).min(file_bytes))
-        .collect();
-    if !part.is_ascending() {
-        let hull = part.hull();
-        blocks =
-            vec![hull.start / align * align..(hull.end.div_ceil(align) * align).min(file_bytes)];
-    }
+    let rounded_out = |run: Range<u64>| {
+        run.start / align * align..(run.end.div_ceil(align) * align).min(file_bytes)
+    };
+    let blocks: Vec<Range<u64>> = if part.is_ascending() {
+        part.runs(0..part.bytes()).map(rounded_out).collect()
+    } else {
+        std::iter::once(part.hull()).map(rounded_out).collect()
+    };
     let mut merged: Vec<Range<u64>> = Vec::new();
     for block in blocks {
         match merged.last_mut() {
             Some(last) if block.start <= last.end.saturating_add(options.gap_bytes) => {
-                last.end = last.end.max(block.end)
+                last.end = last.end.max(block.end);
             }
             _ => merged.push(block),
         }
