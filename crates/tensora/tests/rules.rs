@@ -455,10 +455,12 @@ fn four_ranks_of_qwen3_are_the_whole() {
     );
 }
 
+/// A tensor's name and shape, and the shape that one of two ranks has of it; `None` for what is refused.
+type Case = (&'static str, &'static [u64], Option<&'static [u64]>);
+
 #[test]
 fn the_shipped_preset_knows_the_common_names() {
-    // Each with the shape that one of two ranks has of it; `None` for what is refused.
-    let cases: &[(&str, &[u64], Option<&[u64]>)] = &[
+    let cases: &[Case] = &[
         // Qwen 2: biases.
         ("model.layers.0.self_attn.q_proj.bias", &[8], Some(&[4])),
         ("model.layers.0.self_attn.o_proj.bias", &[8], Some(&[8])),
