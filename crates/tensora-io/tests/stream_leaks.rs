@@ -1,6 +1,6 @@
 //! However a stream ends, no thread, memory or descriptor of it is left. One test in a process of its own,
 //! because it counts what the whole process holds.
-#![cfg(all(feature = "sync", target_os = "linux"))]
+#![cfg(all(feature = "sync", target_os = "linux", not(tensora_portable)))]
 #![allow(clippy::unwrap_used)]
 
 mod stream_support;
