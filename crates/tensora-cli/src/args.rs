@@ -2,14 +2,15 @@
 
 use std::num::NonZero;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{ArgAction, Args, Parser, Subcommand};
 use tensora::formats::{OpenOptions, UnlistedTensors};
 use tensora::io::{CacheState, TransferParams};
 use tensora::{
-    BackendChoice, BackendKind, CacheChoice, DirectChoice, Format, Loader, MemoryChoice,
-    ProfileChoice,
+    BackendChoice, BackendKind, CacheChoice, DirectChoice, Format, Loader, MemoryChoice, Preset,
+    ProfileChoice, Share, SliceRule,
 };
 
 use crate::units::parse_size;
@@ -56,6 +57,7 @@ Examples:
   tensora inspect Qwen3-8B                what is in a checkpoint
   tensora plan Qwen3-8B                   how it would be loaded here, and why
   tensora load Qwen3-8B --digest          load it, and name its content
+  tensora digest Qwen3-8B                 name its content, in bounded memory
   tensora convert Qwen3-8B out --to serverlessllm-store
   tensora doctor Qwen3-8B                 what stands in the way of loading it fast
   tensora calibrate Qwen3-8B              measure what is fastest here, for all loads to come
@@ -75,6 +77,7 @@ pub(crate) enum Command {
     /// Explain how a checkpoint would be loaded on this machine, and why
     Plan(PlanArgs),
     Load(LoadArgs),
+    Digest(DigestArgs),
     Convert(ConvertArgs),
     Doctor(DoctorArgs),
     Calibrate(CalibrateArgs),
@@ -107,6 +110,9 @@ pub(crate) struct PlanArgs {
     pub(crate) source: SourceArgs,
 
     #[command(flatten)]
+    pub(crate) parts: PartArgs,
+
+    #[command(flatten)]
     pub(crate) policy: PolicyArgs,
 }
 
@@ -125,10 +131,23 @@ Examples:
   tensora load Qwen3-8B
   tensora load Qwen3-8B --digest
   tensora load Qwen3-8B --backend io-uring --memory owned --direct required --chunk-bytes 1MiB
-  tensora load Qwen3-8B --select 'model.layers.0.*' --select lm_head.weight --json")]
+  tensora load Qwen3-8B --select 'model.layers.0.*' --select lm_head.weight --json
+  tensora load Qwen3-8B --slice '*.mlp.up_proj.weight=dim:0,rank:1/4'
+  tensora load Qwen3-8B --preset tensor-parallel --rank 1 --world 4
+
+Four processes that read together, each byte once:
+  for r in 0 1 2 3; do
+    tensora load Qwen3-8B --preset tensor-parallel --rank $r --world 4 --shared qwen &
+  done; wait")]
 pub(crate) struct LoadArgs {
     #[command(flatten)]
     pub(crate) source: SourceArgs,
+
+    #[command(flatten)]
+    pub(crate) parts: PartArgs,
+
+    #[command(flatten)]
+    pub(crate) shared: SharedArgs,
 
     #[command(flatten)]
     pub(crate) policy: PolicyArgs,
@@ -141,6 +160,32 @@ pub(crate) struct LoadArgs {
     pub(crate) digest: bool,
 
     /// Print the whole plan with all its reasons, as `tensora plan` does
+    #[arg(long, help_heading = "Output")]
+    pub(crate) explain: bool,
+}
+
+/// Name a checkpoint's content, in bounded memory
+///
+/// The digest is one value for the same tensors, whatever the format, the sharding and the backend: names,
+/// dtypes, shapes and data go into it. The tensors are streamed through buffers that are used again and
+/// again, and hashed by all processors; memory does not grow with the checkpoint.
+#[derive(Debug, Args)]
+#[command(after_long_help = "\
+Examples:
+  tensora digest Qwen3-8B
+  tensora digest Qwen3-8B --memory-limit 64MiB
+  tensora digest Qwen3-8B --json | jq -r .digest")]
+pub(crate) struct DigestArgs {
+    #[command(flatten)]
+    pub(crate) source: SourceArgs,
+
+    #[command(flatten)]
+    pub(crate) parts: PartArgs,
+
+    #[command(flatten)]
+    pub(crate) policy: StreamArgs,
+
+    /// Print the whole plan with all its reasons
     #[arg(long, help_heading = "Output")]
     pub(crate) explain: bool,
 }
@@ -312,6 +357,76 @@ impl SourceArgs {
     }
 }
 
+/// Which part of each tensor.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Parts")]
+pub(crate) struct PartArgs {
+    /// Only a part of each tensor that RULE is about; may be repeated
+    ///
+    /// RULE is PATTERN=dim:D,rank:R/W for the part of rank R of W along dimension D (0 is the outermost, -1 the innermost), or
+    /// PATTERN=dim:D,range:A..B for a range; PATTERN=dim:D takes R and W from --rank and --world. PATTERN is as for
+    /// --select. A dimension that does not divide evenly is an error, unless the rule ends with
+    /// ,remainder:last: then the last rank takes what is left over. Only what is needed is read.
+    #[arg(long, value_name = "RULE")]
+    pub(crate) slice: Vec<SliceRule>,
+
+    /// Slice tensors by the rules of a preset: tensor-parallel, or a file of rules
+    ///
+    /// Rules given with --slice come before those of the preset. It needs --rank and --world.
+    #[arg(long, value_name = "NAME|FILE", requires = "world")]
+    pub(crate) preset: Option<String>,
+
+    /// How many ranks there are; --rank then says which of them this is
+    #[arg(long, value_name = "W", requires = "rank", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) world: Option<u32>,
+}
+
+impl PartArgs {
+    /// Opens these parts of what is asked for, and has no wishes about how.
+    pub(crate) fn loader(&self, source: &SourceArgs) -> anyhow::Result<Loader> {
+        let mut loader = source.loader();
+        if let (Some(rank), Some(world)) = (source.open.rank, self.world) {
+            // With a world, a rank is no directory.
+            let options = source.open.options_of(None);
+            loader = loader.rank(rank, world).open_options(options);
+        }
+        for rule in &self.slice {
+            loader = loader.slice(rule.clone());
+        }
+        if let Some(preset) = &self.preset {
+            loader = loader.preset(Preset::find(preset)?);
+        }
+        Ok(loader)
+    }
+}
+
+/// With whom a checkpoint is read.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Parts")]
+pub(crate) struct SharedArgs {
+    /// Read together with the ranks that give the same NAME, so that no byte is read twice
+    ///
+    /// Start one process for each rank, with the same checkpoint and the same rules. No server is needed, and nothing is left
+    /// behind. A rank that ends or never comes does not hold up the others.
+    #[arg(long, value_name = "NAME", requires = "world")]
+    pub(crate) shared: Option<String>,
+
+    /// How long to wait for the other ranks, in seconds
+    #[arg(long, value_name = "SECONDS", default_value = "30", requires = "shared", value_parser = clap::value_parser!(u32).range(1..=3600))]
+    pub(crate) shared_timeout: u32,
+}
+
+impl SharedArgs {
+    /// `loader`, reading with others if that was asked for.
+    pub(crate) fn apply(&self, loader: Loader) -> Loader {
+        let Some(name) = &self.shared else {
+            return loader;
+        };
+        let timeout = Duration::from_secs(self.shared_timeout.into());
+        loader.share(Share::new(name).join_timeout(timeout))
+    }
+}
+
 /// How a path is understood.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Checkpoint")]
@@ -321,6 +436,8 @@ pub(crate) struct OpenArgs {
     pub(crate) format: Option<Format>,
 
     /// Open one rank of a directory of rank_0, rank_1, … [default: all]
+    ///
+    /// With --world, where there is such an option, which of the ranks this process is.
     #[arg(long, value_name = "N")]
     pub(crate) rank: Option<u32>,
 
@@ -346,11 +463,16 @@ impl OpenArgs {
     }
 
     pub(crate) fn options(&self) -> OpenOptions {
+        self.options_of(self.rank)
+    }
+
+    /// The same, but for the rank.
+    fn options_of(&self, rank: Option<u32>) -> OpenOptions {
         let mut options = OpenOptions::new();
         if let Some(format) = self.format {
             options = options.format(format);
         }
-        if let Some(rank) = self.rank {
+        if let Some(rank) = rank {
             options = options.rank(rank);
         }
         if self.ignore_unlisted {
@@ -438,6 +560,43 @@ impl PolicyArgs {
             loader = loader.profiles(ProfileChoice::Ignore);
         }
         crate::mapping::allow_mapping(loader, self.memory)
+    }
+}
+
+/// What the planner of a stream shall not decide.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Strategy")]
+pub(crate) struct StreamArgs {
+    /// How bytes move from files into buffers: auto, sync, async, io-uring or mmap
+    #[arg(long, value_name = "BACKEND", default_value = "auto", value_parser = backend_parser())]
+    pub(crate) backend: BackendChoice,
+
+    /// Whether reads bypass the page cache (direct I/O): auto, never, preferred or required
+    #[arg(long, value_name = "POLICY", default_value = "auto", value_parser = direct_parser())]
+    pub(crate) direct: DirectChoice,
+
+    /// Most memory that buffers and index take, for example 64MiB [default: 256MiB]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub(crate) memory_limit: Option<u64>,
+
+    /// Plan without what `tensora calibrate` has measured
+    #[arg(long)]
+    pub(crate) no_profile: bool,
+}
+
+impl StreamArgs {
+    /// `loader` with these wishes.
+    pub(crate) fn apply(&self, mut loader: Loader) -> Loader {
+        loader = loader
+            .backend_choice(self.backend)
+            .direct_choice(self.direct);
+        if let Some(limit_bytes) = self.memory_limit {
+            loader = loader.memory_limit_bytes(limit_bytes);
+        }
+        if self.no_profile {
+            loader = loader.profiles(ProfileChoice::Ignore);
+        }
+        loader
     }
 }
 

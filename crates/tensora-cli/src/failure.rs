@@ -1,5 +1,6 @@
 //! Errors, as the user sees them: what failed, its causes, and which option helps.
 
+use std::borrow::Cow;
 use std::fmt::Write as _;
 use std::io::{ErrorKind, Write as _};
 use std::process::ExitCode;
@@ -7,12 +8,12 @@ use std::process::ExitCode;
 use clap::builder::styling::{AnsiColor, Style};
 use tensora::convert::Error as ConvertError;
 use tensora::formats::Error as FormatError;
-use tensora::heuristics::{MemoryBound, PlanError};
+use tensora::heuristics::{MemoryBound, PlanError, Proposal};
 use tensora::io::Error as IoError;
 
 use crate::output::{self, OutputError, readable};
 use crate::signals;
-use crate::units::size_exactly;
+use crate::units::{size, size_exactly};
 
 const ERROR: Style = AnsiColor::Red.on_default().bold();
 const HINT: Style = AnsiColor::Cyan.on_default().bold();
@@ -81,29 +82,53 @@ fn restated(error: &anyhow::Error) -> Option<String> {
     match error.downcast_ref()? {
         tensora::Error::Plan(PlanError::DoesNotFit {
             needed_bytes,
+            destination_bytes,
+            buffer_bytes,
+            index_bytes,
             available_bytes,
             bound,
+            limit_path,
             ..
-        }) => Some(format!(
-            "the load needs {} of memory, but {bound} leaves {}",
-            size_exactly(*needed_bytes),
-            size_exactly(*available_bytes)
-        )),
+        }) => {
+            let place = limit_path
+                .as_ref()
+                .map_or_else(String::new, |path| format!(" ({})", path.display()));
+            Some(format!(
+                "the load needs {} of memory ({} for tensors, {} for reads under way, {} for the index), \
+                 but {bound}{place} leaves {}",
+                size_exactly(*needed_bytes),
+                size(*destination_bytes),
+                size(*buffer_bytes),
+                size(*index_bytes),
+                size_exactly(*available_bytes)
+            ))
+        }
+        tensora::Error::ShareWithoutRank => {
+            Some("reading together needs a rank and the number of ranks".to_owned())
+        }
         _ => None,
     }
 }
 
 /// The option or subcommand that helps; the libraries' messages cannot know of these.
-pub(crate) fn hint(error: &anyhow::Error) -> Option<&'static str> {
+pub(crate) fn hint(error: &anyhow::Error) -> Option<Cow<'static, str>> {
     if let Some(error) = error.downcast_ref::<ConvertError>() {
-        return conversion_hint(error);
+        return conversion_hint(error).map(Cow::Borrowed);
     }
-    match error.downcast_ref::<tensora::Error>()? {
+    if let Some(tensora::Error::Plan(PlanError::DoesNotFit {
+        bound, proposals, ..
+    })) = error.downcast_ref()
+    {
+        return Some(memory_hint(*bound, proposals).into());
+    }
+    let hint = match error.downcast_ref::<tensora::Error>()? {
         tensora::Error::Format(error) => format_hint(error),
         tensora::Error::Plan(error) => plan_hint(error),
         tensora::Error::Io(error) => io_hint(error),
+        tensora::Error::ShareWithoutRank => Some("`--rank R --world W` says which rank this is"),
         _ => None,
-    }
+    };
+    hint.map(Cow::Borrowed)
 }
 
 const DOCTOR: &str = "`tensora doctor` shows which backends work here";
@@ -159,26 +184,43 @@ fn plan_hint(error: &PlanError) -> Option<&'static str> {
             Some("`--cache bypass` goes with `--memory owned` and any backend but mmap")
         }
         PlanError::BypassUnsupported { .. } => Some("`--cache auto` reads through the page cache"),
-        PlanError::DoesNotFit { bound, .. } => Some(match bound {
-            MemoryBound::Limit => {
-                "`--memory-limit SIZE` raises the limit, `--select GLOB` loads a part, and \
-                 `--memory mapped` (with `--backend auto`) needs no memory of its own"
-            }
-            MemoryBound::ControlGroup => {
-                "`--select GLOB` loads a part, and `--memory mapped` (with `--backend auto`) needs \
-                 no memory of its own; else raise the control group's limit"
-            }
-            MemoryBound::AddressSpace | MemoryBound::Data => {
-                "`--select GLOB` loads a part; else raise the limits of the process (`ulimit -v`, \
-                 `ulimit -d`)"
-            }
-            _ => {
-                "`--select GLOB` loads a part, and `--memory mapped` (with `--backend auto`) needs \
-                 no memory of its own; else take a machine with more"
-            }
-        }),
+        PlanError::StreamDoesNotFit { .. } => {
+            Some("`--memory-limit SIZE` sets the limit, of which the checkpoint's size is no part")
+        }
         _ => None,
     }
+}
+
+/// What would fit, in terms of the command.
+fn memory_hint(bound: MemoryBound, proposals: &[Proposal]) -> String {
+    let mut ways = Vec::new();
+    if bound == MemoryBound::Limit {
+        ways.push("`--memory-limit SIZE` raises the limit".to_owned());
+    }
+    for proposal in proposals {
+        match proposal {
+            Proposal::Map { .. } => ways.push(
+                "`--memory mapped` (with `--backend auto`) needs no memory of its own".to_owned(),
+            ),
+            Proposal::Slice { world } => ways.push(format!(
+                "`--preset tensor-parallel --rank R --world {world}` loads one rank's part"
+            )),
+            Proposal::Select { .. } => ways.push("`--select GLOB` loads a part".to_owned()),
+            Proposal::Stream { memory_bytes } => ways.push(format!(
+                "streaming, as `tensora digest` does, takes {}",
+                size(*memory_bytes)
+            )),
+            _ => (),
+        }
+    }
+    match bound {
+        MemoryBound::Limit => (),
+        MemoryBound::ControlGroup => ways.push("raise the control group's limit".to_owned()),
+        MemoryBound::AddressSpace => ways.push("raise the limit (`ulimit -v`)".to_owned()),
+        MemoryBound::Data => ways.push("raise the limit (`ulimit -d`)".to_owned()),
+        _ => ways.push("take a machine with more memory".to_owned()),
+    }
+    ways.join("; ")
 }
 
 fn conversion_hint(error: &ConvertError) -> Option<&'static str> {
@@ -243,9 +285,15 @@ mod tests {
                 available_bytes: 1 << 30,
                 bound,
                 limit_path: None,
-                proposals: vec![Proposal::Map {
-                    steps: vec!["consent to the contract of mappings".to_owned()],
-                }],
+                proposals: vec![
+                    Proposal::Map {
+                        steps: vec!["consent to the contract of mappings".to_owned()],
+                    },
+                    Proposal::Slice { world: 8 },
+                    Proposal::Select {
+                        destination_bytes: 1 << 30,
+                    },
+                ],
             };
             let text = explain(&tensora::Error::from(refusal).into(), false);
             assert!(!text.contains("consent"), "{text}");
@@ -255,6 +303,8 @@ mod tests {
                 text.contains("hint: ") && text.contains("`--select GLOB`"),
                 "{text}"
             );
+            assert!(text.contains("--memory mapped"), "{text}");
+            assert!(text.contains("--world 8"), "{text}");
             assert_eq!(text.contains("--memory-limit"), limit_helps, "{text}");
         }
     }

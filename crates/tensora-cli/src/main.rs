@@ -41,6 +41,7 @@ fn main() -> ExitCode {
         Command::Inspect(arguments) => commands::inspect(arguments, &console).map(done),
         Command::Plan(arguments) => commands::plan(arguments, &console).map(done),
         Command::Load(arguments) => commands::load(arguments, &console).map(done),
+        Command::Digest(arguments) => commands::digest(arguments, &console).map(done),
         Command::Convert(arguments) => commands::convert(arguments, &console).map(done),
         Command::Doctor(arguments) => commands::doctor(arguments, &console),
         Command::Calibrate(arguments) => commands::calibrate(arguments, &console).map(done),

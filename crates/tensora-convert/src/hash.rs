@@ -158,6 +158,36 @@ pub fn data_digest(
     Ok(root(&work.run(threads, control)?))
 }
 
+/// The BLAKE3 of one tensor's data as it comes, piece after piece, for [`ContentHasher::insert`].
+#[derive(Clone, Debug, Default)]
+pub struct DataHasher(blake3::Hasher);
+
+impl DataHasher {
+    /// Below this, distributing costs more than it gains; the `blake3` crate's documentation says as much for
+    /// x86-64.
+    const MIN_PARALLEL_BYTES: usize = 128 << 10;
+
+    /// Has seen nothing.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// The next bytes of the elements in row-major order. Long pieces are hashed by all processors at once, on the
+    /// threads of the `rayon` crate.
+    pub fn update(&mut self, bytes: &[u8]) {
+        if bytes.len() < Self::MIN_PARALLEL_BYTES {
+            self.0.update(bytes);
+        } else {
+            self.0.update_rayon(bytes);
+        }
+    }
+
+    /// The digest of all bytes so far.
+    pub fn finish(&self) -> Digest {
+        Digest::from_bytes(self.0.finalize().into())
+    }
+}
+
 /// Tensors cut into pieces, which are numbered through all tensors.
 struct Work<'a> {
     elements: Vec<RowMajor<'a>>,
@@ -285,6 +315,22 @@ fn children(pieces: &[ChainingValue]) -> (ChainingValue, ChainingValue) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn pieces_of_any_length_give_the_digest_of_the_whole() {
+        let data: Vec<u8> = (0..700_001)
+            .map(|i| u8::try_from(i % 251).unwrap())
+            .collect();
+        for piece_bytes in [1 << 10, 100_003, DataHasher::MIN_PARALLEL_BYTES, data.len()] {
+            let mut hasher = DataHasher::new();
+            for piece in data.chunks(piece_bytes) {
+                hasher.update(piece);
+            }
+            assert_eq!(hasher.finish().as_bytes(), blake3::hash(&data).as_bytes());
+        }
+        let nothing = DataHasher::new().finish();
+        assert_eq!(nothing.as_bytes(), blake3::hash(&[]).as_bytes());
+    }
 
     #[test]
     fn pieces_add_up_to_the_digest_of_the_whole() {

@@ -20,7 +20,7 @@ mod target;
 
 pub use digest::{Digest, ParseDigestError};
 pub use error::{Error, Result};
-pub use hash::{ContentHasher, content_digest, data_digest};
+pub use hash::{ContentHasher, DataHasher, content_digest, data_digest};
 pub use note::ConversionNote;
 pub use options::{ConvertOptions, Overwrite};
 pub use plan::ConversionPlan;

@@ -18,6 +18,15 @@ pub struct SourceFile {
     direct: OnceLock<Result<DirectFile, DirectRefusal>>,
 }
 
+/// What tells a file of this machine from others, and from itself after a change; see [`SourceFile::identity`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct FileIdentity {
+    device: u64,
+    inode: u64,
+    len: u64,
+    modified_ns: i128,
+}
+
 impl SourceFile {
     /// Opens `path`, following symlinks. Never blocks on a FIFO or a device.
     ///
@@ -48,6 +57,26 @@ impl SourceFile {
     /// Whether its length was 0 when it was opened.
     pub fn is_empty(&self) -> bool {
         self.len == 0
+    }
+
+    /// What tells it from other files of this machine, and from itself after a change: device, inode, length,
+    /// and time of the last modification. Only the length, where the system has no such numbers.
+    pub fn identity(&self) -> FileIdentity {
+        #[cfg(unix)]
+        if let Ok(metadata) = self.file.metadata() {
+            use std::os::unix::fs::MetadataExt;
+            return FileIdentity {
+                device: metadata.dev(),
+                inode: metadata.ino(),
+                len: metadata.len(),
+                modified_ns: (i128::from(metadata.mtime()) * 1_000_000_000)
+                    + i128::from(metadata.mtime_nsec()),
+            };
+        }
+        FileIdentity {
+            len: self.len,
+            ..FileIdentity::default()
+        }
     }
 
     /// Its length now, in bytes.

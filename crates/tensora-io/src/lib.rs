@@ -82,7 +82,7 @@ pub use backend::{
 pub use control::{CancelToken, Control};
 pub use destination::Destination;
 pub use error::{Error, Result};
-pub use file::SourceFile;
+pub use file::{FileIdentity, SourceFile};
 #[cfg(feature = "mmap")]
 pub use mapping::{Mapping, MappingPermit};
 pub use memory::Region;
@@ -99,9 +99,7 @@ pub use profile::{CacheState, Measurement, Profile, ProfileFact, ProfileIdentity
 #[cfg(feature = "profiles")]
 pub use profile_store::ProfileStore;
 #[cfg(feature = "shared")]
-pub use shared::{
-    RankSet, SharedOptions, SharedReport, SharedRole, SharedStream, SharedWindow,
-};
+pub use shared::{RankSet, SharedOptions, SharedReport, SharedRole, SharedStream, SharedWindow};
 pub use stream::{
     FilledWindow, RangeStream, ReadExtent, ReadWindow, StreamParams, StreamStats, WindowHook,
 };

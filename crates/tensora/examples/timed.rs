@@ -4,6 +4,16 @@
 //!
 //! - `load MEMORY BACKEND PATH`: [`tensora::Loader`], as an engine uses it. MEMORY is owned, mapped or
 //!   auto, BACKEND is auto, sync, async, io-uring or mmap;
+//! - `stream LIMIT PATH`: the same, streamed through buffers of LIMIT bytes in all, each byte read once by the
+//!   consumer, nothing kept;
+//! - `digest LIMIT PATH`: the content digest, streamed likewise;
+//! - `slice RULE PATH`: a load of the part of each tensor that the rule says, as in `tensora load --slice`;
+//! - `ranks WORLD PATH`: so many processes, each of which loads its rank's part of the tensors, the shipped preset
+//!   saying which, and which read together;
+//! - `rank NAME RANK WORLD PATH`: one of them;
+//! - `reassemble RULE WORLD PATH`: the parts of all ranks, one load after the other, put together again; prints the content
+//!   digest of that and nothing else;
+//! - `hash BYTES`: nothing but hashing so many bytes of memory, as a content digest does it, with all processors;
 //! - `fs-read FILE...`: `std::fs::read` and the `safetensors` crate;
 //! - `memmap2 FILE...`: the crates `memmap2` and `safetensors`;
 //! - `raw-map FILE...`: nothing but mapping whole files and populating them, with 8 threads;
@@ -21,14 +31,19 @@ use std::error::Error;
 use std::fs::File;
 use std::num::NonZero;
 use std::path::PathBuf;
+use std::process::{Command, Stdio};
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 use memmap2::Mmap;
 use safetensors::SafeTensors;
 use serde::Serialize;
-use tensora::io::{ProfileFact, Region, peak_resident_bytes};
-use tensora::{BackendChoice, Loader, MappingPermit, MemoryChoice, Plan};
+use tensora::convert::{DataHasher, StoredTensor, content_digest};
+use tensora::io::{Control, ProfileFact, Region, peak_resident_bytes};
+use tensora::{
+    BackendChoice, DigestSink, Loader, MappingPermit, MemoryChoice, Plan, Preset, Share, Sink,
+    SinkError, SliceRule, StreamReport, StreamedPiece, Tensor,
+};
 
 /// What one thread takes at a time, in bytes.
 const PIECE_BYTES: usize = 4 << 20;
@@ -44,9 +59,18 @@ struct Printed {
     touched_seconds: f64,
     data_bytes: u64,
     peak_resident_bytes: Option<u64>,
-    xor: u8,
+    xor: Option<u8>,
     /// What the planner chose.
     choice: Option<String>,
+    /// Of a load of parts: what they are, in bytes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    needed_bytes: Option<u64>,
+    /// What was read of the files for that.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    read_bytes: Option<u64>,
+    /// What this process, and those it started, had the device read, by the kernel's count.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    device_bytes: Option<u64>,
 }
 
 fn main() -> Outcome<()> {
@@ -57,6 +81,18 @@ fn main() -> Outcome<()> {
     let printed = match arguments.split_first() {
         Some((mode, [memory, backend, path])) if mode == "load" => load(memory, backend, path)?,
         Some((mode, [bytes])) if mode == "memcpy" => copy_memory(bytes.parse()?)?,
+        Some((mode, [bytes])) if mode == "hash" => hash_memory(bytes.parse()?)?,
+        Some((mode, [limit, path])) if mode == "stream" => stream(limit.parse()?, path)?,
+        Some((mode, [limit, path])) if mode == "digest" => digest(limit.parse()?, path)?,
+        Some((mode, [rule, path])) if mode == "slice" => slice(rule, path)?,
+        Some((mode, [world, path])) if mode == "ranks" => ranks(world.parse()?, path)?,
+        Some((mode, [name, rank, world, path])) if mode == "rank" => {
+            load_rank(name, rank.parse()?, world.parse()?, path)?
+        }
+        Some((mode, [rule, world, path])) if mode == "reassemble" => {
+            println!("{}", reassemble(rule, world.parse()?, path)?);
+            return Ok(());
+        }
         Some((mode, files)) if !files.is_empty() => {
             let files: Vec<_> = files.iter().map(PathBuf::from).collect();
             match mode.as_str() {
@@ -117,6 +153,231 @@ fn describe(plan: &Plan) -> String {
         plan.params.chunk_bytes >> 10,
         plan.params.resident,
     )
+}
+
+/// Reads every byte of a stream once, and keeps nothing.
+#[derive(Default)]
+struct Fold(u8);
+
+impl Sink for Fold {
+    fn write(&mut self, piece: StreamedPiece) -> Result<(), SinkError> {
+        self.0 ^= fold(piece.bytes());
+        Ok(())
+    }
+}
+
+fn stream(limit_bytes: u64, path: &str) -> Outcome<Printed> {
+    let begun = Instant::now();
+    let mut sink = Fold::default();
+    let report = Loader::new()
+        .memory_limit_bytes(limit_bytes)
+        .open(path)?
+        .stream_into(&mut sink)?;
+    Ok(streamed(begun, &report, Some(sink.0)))
+}
+
+fn digest(limit_bytes: u64, path: &str) -> Outcome<Printed> {
+    let begun = Instant::now();
+    let mut sink = DigestSink::new();
+    let report = Loader::new()
+        .memory_limit_bytes(limit_bytes)
+        .open(path)?
+        .stream_into(&mut sink)?;
+    std::hint::black_box(sink.digest());
+    Ok(streamed(begun, &report, None))
+}
+
+/// What a stream took. Every byte was touched when it ended.
+fn streamed(begun: Instant, report: &StreamReport, xor: Option<u8>) -> Printed {
+    let elapsed_seconds = begun.elapsed().as_secs_f64();
+    let plan = &report.plan;
+    Printed {
+        elapsed_seconds,
+        touched_seconds: elapsed_seconds,
+        data_bytes: report.data_bytes,
+        peak_resident_bytes: peak_resident_bytes(),
+        xor,
+        choice: Some(format!(
+            "{}, {} × {} KiB buffers, {} readers, {} × {} × {} KiB",
+            plan.backend,
+            plan.buffers,
+            plan.buffer_bytes >> 10,
+            plan.readers,
+            plan.params.workers,
+            plan.params.queue_depth,
+            plan.params.chunk_bytes >> 10,
+        )),
+        needed_bytes: None,
+        read_bytes: None,
+        device_bytes: None,
+    }
+}
+
+fn slice(rule: &str, path: &str) -> Outcome<Printed> {
+    let begun = Instant::now();
+    let loader = Loader::new().slice(rule.parse::<SliceRule>()?);
+    load_parts(begun, &loader, path)
+}
+
+fn load_rank(name: &str, rank: u32, world: u32, path: &str) -> Outcome<Printed> {
+    let begun = Instant::now();
+    let loader = Loader::new()
+        .preset(Preset::find("tensor-parallel")?)
+        .rank(rank, world)
+        .share(Share::new(name));
+    load_parts(begun, &loader, path)
+}
+
+fn load_parts(begun: Instant, loader: &Loader, path: &str) -> Outcome<Printed> {
+    let checkpoint = loader.load(path)?;
+    let parts: Vec<&[u8]> = checkpoint
+        .iter()
+        .map(|tensor| &tensor.bytes()[..])
+        .collect();
+    let report = checkpoint.report();
+    let printed = finish(begun, &parts, Some(describe(&report.plan)));
+    Ok(Printed {
+        needed_bytes: Some(printed.data_bytes),
+        read_bytes: Some(report.stats.bytes),
+        device_bytes: device_bytes(),
+        ..printed
+    })
+}
+
+/// Starts the ranks, and adds up what they did.
+fn ranks(world: u32, path: &str) -> Outcome<Printed> {
+    let name = format!("timed-{}", std::process::id());
+    let begun = Instant::now();
+    let processes = (0..world)
+        .map(|rank| {
+            Command::new(std::env::current_exe()?)
+                .args(["rank", &name, &rank.to_string(), &world.to_string(), path])
+                .env_remove("PRIME_BYTES")
+                .stdout(Stdio::piped())
+                .spawn()
+        })
+        .collect::<Result<Vec<_>, _>>()?;
+    let mut sum = Printed {
+        elapsed_seconds: 0.0,
+        touched_seconds: 0.0,
+        data_bytes: 0,
+        peak_resident_bytes: None,
+        xor: None,
+        choice: None,
+        needed_bytes: Some(0),
+        read_bytes: Some(0),
+        device_bytes: Some(0),
+    };
+    let add = |sum: &mut Option<u64>, more: &serde_json::Value| {
+        *sum = sum.zip(more.as_u64()).map(|(sum, more)| sum + more);
+    };
+    for process in processes {
+        let output = process.wait_with_output()?;
+        if !output.status.success() {
+            return Err(format!("a rank ended with {}", output.status).into());
+        }
+        let printed: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+        sum.data_bytes += printed["data_bytes"].as_u64().unwrap_or(0);
+        add(&mut sum.needed_bytes, &printed["needed_bytes"]);
+        add(&mut sum.read_bytes, &printed["read_bytes"]);
+        add(&mut sum.device_bytes, &printed["device_bytes"]);
+        let peak = printed["peak_resident_bytes"].as_u64();
+        sum.peak_resident_bytes = sum.peak_resident_bytes.max(peak);
+    }
+    sum.elapsed_seconds = begun.elapsed().as_secs_f64();
+    sum.touched_seconds = sum.elapsed_seconds;
+    Ok(sum)
+}
+
+/// What this process had devices read, as the kernel counts it.
+fn device_bytes() -> Option<u64> {
+    let counters = std::fs::read_to_string("/proc/self/io").ok()?;
+    let line = counters
+        .lines()
+        .find_map(|line| line.strip_prefix("read_bytes: "))?;
+    line.parse().ok()
+}
+
+fn reassemble(rule: &str, world: u32, path: &str) -> Outcome<String> {
+    let index = Loader::new().open(path)?;
+    let mut wholes: Vec<Option<Region>> = Vec::new();
+    for rank in 0..world {
+        let checkpoint = Loader::new()
+            .slice(rule.parse::<SliceRule>()?)
+            .rank(rank, world)
+            .load(path)?;
+        for (number, (entry, part)) in index.index().tensors().iter().zip(&checkpoint).enumerate() {
+            if wholes.len() == number {
+                wholes.push(Some(Region::allocate(usize::try_from(entry.bytes)?)?));
+            }
+            let Some(whole) = &mut wholes[number] else {
+                continue;
+            };
+            put_back(whole.as_mut_slice(), &entry.shape, part, rank)?;
+        }
+    }
+    let tensors = index.index().tensors().iter().zip(&wholes);
+    let stored = tensors.filter_map(|(entry, whole)| {
+        Some(StoredTensor {
+            name: &entry.name,
+            dtype: entry.dtype,
+            shape: &entry.shape,
+            strides: None,
+            bytes: whole.as_ref()?.as_slice(),
+        })
+    });
+    let threads = NonZero::new(cpus()).unwrap_or(NonZero::<usize>::MIN);
+    Ok(content_digest(stored, threads, &Control::new())?.to_string())
+}
+
+/// Puts a rank's part, an even one along the one dimension in which it is shorter, where it belongs.
+fn put_back(whole: &mut [u8], shape: &[u64], part: &Tensor, rank: u32) -> Outcome<()> {
+    let shape: Vec<usize> = shape
+        .iter()
+        .map(|&count| usize::try_from(count))
+        .collect::<Result<_, _>>()?;
+    let Some(dimension) = (0..shape.len()).find(|&d| shape[d] != part.shape()[d]) else {
+        whole.copy_from_slice(part.bytes());
+        return Ok(());
+    };
+    let inner = whole.len() / shape[..=dimension].iter().product::<usize>();
+    let (row, piece) = (inner * shape[dimension], inner * part.shape()[dimension]);
+    let at = piece * rank as usize;
+    for (row, piece) in whole
+        .chunks_exact_mut(row)
+        .zip(part.bytes().chunks_exact(piece))
+    {
+        row[at..at + piece.len()].copy_from_slice(piece);
+    }
+    Ok(())
+}
+
+/// Hashes memory, over and over, as far as `bytes` go.
+fn hash_memory(bytes: usize) -> Outcome<Printed> {
+    let mut source = Region::allocate(SOURCE_BYTES.min(bytes))?;
+    let pieces = source.as_mut_slice().chunks_mut(PIECE_BYTES);
+    each(pieces, cpus(), |piece| piece.fill(1));
+    let begun = Instant::now();
+    let mut hasher = DataHasher::new();
+    let mut left = bytes;
+    while left > 0 {
+        let len = left.min(source.len());
+        hasher.update(&source.as_slice()[..len]);
+        left -= len;
+    }
+    std::hint::black_box(hasher.finish());
+    let elapsed_seconds = begun.elapsed().as_secs_f64();
+    Ok(Printed {
+        elapsed_seconds,
+        touched_seconds: elapsed_seconds,
+        data_bytes: bytes as u64,
+        peak_resident_bytes: peak_resident_bytes(),
+        xor: None,
+        choice: None,
+        needed_bytes: None,
+        read_bytes: None,
+        device_bytes: None,
+    })
 }
 
 fn read_files(paths: &[PathBuf]) -> Outcome<Printed> {
@@ -212,8 +473,11 @@ fn finish(begun: Instant, parts: &[&[u8]], choice: Option<String>) -> Printed {
         touched_seconds: begun.elapsed().as_secs_f64(),
         data_bytes: parts.iter().map(|part| part.len() as u64).sum(),
         peak_resident_bytes: peak_resident_bytes(),
-        xor,
+        xor: Some(xor),
         choice,
+        needed_bytes: None,
+        read_bytes: None,
+        device_bytes: None,
     }
 }
 

@@ -86,15 +86,20 @@ impl Checkpoint {
     pub fn digest_with(&self, control: &tensora_io::Control) -> Result<tensora_convert::Digest> {
         let threads =
             std::thread::available_parallelism().unwrap_or(std::num::NonZero::<usize>::MIN);
-        let stored = self.tensors.iter().filter_map(|tensor| {
-            let entry = self.index.tensor(tensor.name())?;
-            Some(tensora_convert::StoredTensor {
-                name: &entry.name,
-                dtype: entry.dtype,
-                shape: &entry.shape,
-                strides: entry.strides.as_deref(),
-                bytes: tensor.bytes(),
-            })
+        // Not those of the index: a slice has another shape.
+        let numbers = |counts: &[usize]| counts.iter().map(|&count| count as u64).collect();
+        let layouts: Vec<(Vec<u64>, Option<Vec<u64>>)> = self
+            .tensors
+            .iter()
+            .map(|tensor| (numbers(tensor.shape()), tensor.strides().map(numbers)))
+            .collect();
+        let stored = self.tensors.iter().zip(&layouts);
+        let stored = stored.map(|(tensor, (shape, strides))| tensora_convert::StoredTensor {
+            name: tensor.name(),
+            dtype: tensor.dtype(),
+            shape,
+            strides: strides.as_deref(),
+            bytes: tensor.bytes(),
         });
         let digest = tensora_convert::content_digest(stored, threads, control)?;
         Ok(digest)

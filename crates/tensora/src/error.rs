@@ -30,6 +30,34 @@ pub enum Error {
         source: tensora_io::Error,
     },
 
+    /// What tensors are streamed into could not go on.
+    #[error("{}{source}", at_tensor(.tensor.as_deref()))]
+    Sink {
+        /// The tensor of which a piece was being taken; none before the first and after the last.
+        tensor: Option<String>,
+        /// What it says.
+        source: crate::SinkError,
+    },
+
+    /// Reading together with other ranks was asked for, without saying which rank this is.
+    #[error("reading together needs a rank and the number of ranks; set both with Loader::rank")]
+    ShareWithoutRank,
+
+    /// The rank is none of the ranks that there are.
+    #[error("rank {rank} is none of {world} ranks; they are counted from 0")]
+    NoSuchRank {
+        /// The rank.
+        rank: u32,
+        /// How many ranks there are.
+        world: u32,
+    },
+
+    /// Reading together with other ranks was asked for, and this build cannot.
+    #[error(
+        "reading together with other ranks is left out of this build; enable the cargo feature `shared`"
+    )]
+    SharingLeftOut,
+
     /// A file's length is no longer what it was when the metadata was read.
     #[error(
         "{} had {indexed_bytes} bytes when its metadata was read and has {actual_bytes} now: \
@@ -241,6 +269,12 @@ impl Error {
     pub fn is_cancelled(&self) -> bool {
         matches!(self, Self::Io(error) | Self::Tensor { source: error, .. } if error.is_cancelled())
     }
+}
+
+fn at_tensor(tensor: Option<&str>) -> String {
+    tensor.map_or_else(String::new, |tensor| {
+        format!("streaming tensor {tensor:?} failed: ")
+    })
 }
 
 fn kind_of_pattern(pattern: &str) -> &'static str {

@@ -22,7 +22,11 @@ mod lazy;
 mod loader;
 mod report;
 mod selection;
+mod share;
+mod sink;
+mod sliced;
 mod slices;
+mod stream;
 mod tensor;
 
 pub use checkpoint::Checkpoint;
@@ -31,7 +35,12 @@ pub use lazy::LazyCheckpoint;
 pub use loader::{LoadProgress, Loader, ProfileChoice};
 pub use report::LoadReport;
 pub use selection::Pattern;
+pub use share::Share;
+#[cfg(feature = "convert")]
+pub use sink::DigestSink;
+pub use sink::{MemoryPlace, MemorySink, Sink, SinkError};
 pub use slices::{Preset, SlicePart, SliceRule, SliceRules};
+pub use stream::{StreamOrder, StreamReport, StreamedPiece, StreamedTensor, TensorStream};
 pub use tensor::Tensor;
 
 #[cfg(feature = "convert")]

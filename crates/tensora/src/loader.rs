@@ -1,6 +1,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use tensora_formats::OpenOptions;
 #[cfg(feature = "mmap")]
@@ -13,7 +14,9 @@ use tensora_io::{
 };
 
 use crate::selection::Selection;
-use crate::{Checkpoint, LazyCheckpoint, Result};
+use crate::{
+    Checkpoint, LazyCheckpoint, Preset, Result, Share, SliceRule, SliceRules, StreamOrder,
+};
 
 /// How far a load has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,6 +73,11 @@ type ProgressFn = dyn Fn(LoadProgress) + Send + Sync;
 pub struct Loader {
     pub(crate) policy: Policy,
     pub(crate) selection: Selection,
+    pub(crate) slices: SliceRules,
+    pub(crate) rank: Option<(u32, u32)>,
+    pub(crate) share: Option<Share>,
+    pub(crate) stream_order: StreamOrder,
+    pub(crate) lease_timeout: Option<Duration>,
     pub(crate) open_options: OpenOptions,
     pub(crate) profiles: ProfileChoice,
     #[cfg(feature = "mmap")]
@@ -186,6 +194,57 @@ impl Loader {
         self
     }
 
+    /// Delivers a part only of each tensor that the rule is about, in addition to the rules given before. A rule that
+    /// is about no selected tensor is an error.
+    #[must_use]
+    pub fn slice(mut self, rule: SliceRule) -> Self {
+        self.slices.push(rule);
+        self
+    }
+
+    /// Delivers of each tensor what a preset's rules say; rules given with [`slice`](Self::slice) come before them. It
+    /// needs a [`rank`](Self::rank).
+    #[must_use]
+    pub fn preset(mut self, preset: Preset) -> Self {
+        self.slices.set_preset(preset);
+        self
+    }
+
+    /// Which of how many ranks this process is, from 0: for rules that divide a dimension among ranks without saying so
+    /// themselves.
+    #[must_use]
+    pub fn rank(mut self, rank: u32, world: u32) -> Self {
+        self.rank = Some((rank, world));
+        self
+    }
+
+    /// Reads together with the other ranks, each of which is a process of this user on this machine that loads the
+    /// same checkpoint by the same rules: what more than one of them needs is read from the device once. It
+    /// needs a [`rank`](Self::rank).
+    ///
+    /// Whether through shared memory or the page cache is the planner's choice. A rank that ends, or never comes, holds nobody up for
+    /// long; the tensors are the same in any case.
+    #[must_use]
+    pub fn share(mut self, share: Share) -> Self {
+        self.share = Some(share);
+        self
+    }
+
+    /// In which order tensors are streamed.
+    #[must_use]
+    pub fn stream_order(mut self, order: StreamOrder) -> Self {
+        self.stream_order = order;
+        self
+    }
+
+    /// How long a stream waits while the caller holds pieces in every buffer, before it says so with
+    /// [`tensora_io::Error::LeasesHeld`]; 30 s unless set. The stream can be asked again after that.
+    #[must_use]
+    pub fn lease_timeout(mut self, lease_timeout: Duration) -> Self {
+        self.lease_timeout = Some(lease_timeout);
+        self
+    }
+
     /// How to read the metadata: a format or rank to force, what to do about tensors that an index does
     /// not list.
     #[must_use]
@@ -286,6 +345,9 @@ impl std::fmt::Debug for Loader {
         f.debug_struct("Loader")
             .field("policy", &self.policy)
             .field("selection", &self.selection)
+            .field("slices", &self.slices)
+            .field("rank", &self.rank)
+            .field("share", &self.share)
             .field("open_options", &self.open_options)
             .field("profiles", &self.profiles)
             .finish_non_exhaustive()

@@ -3,6 +3,8 @@ use std::time::Duration;
 use tensora_formats::Format;
 use tensora_heuristics::Plan;
 use tensora_io::ReadStats;
+#[cfg(feature = "shared")]
+use tensora_io::SharedReport;
 
 /// What a load did, and how fast.
 #[derive(Clone, Debug)]
@@ -26,6 +28,10 @@ pub struct LoadReport {
     pub read_elapsed: Duration,
     /// What the backend counted. Empty for mapped memory, where nothing is moved.
     pub stats: ReadStats,
+    /// What became of reading together with other ranks, where that was asked for and done through shared
+    /// memory.
+    #[cfg(feature = "shared")]
+    pub shared: Option<SharedReport>,
 }
 
 impl LoadReport {

@@ -2,7 +2,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use tensora_formats::{Dtype, TensorEntry};
+use tensora_formats::{Dtype, TensorEntry, TensorPart};
 
 use crate::Result;
 
@@ -31,6 +31,19 @@ impl Tensor {
                 dtype: entry.dtype,
                 shape: to_usize(&entry.shape),
                 strides: entry.strides.as_deref().map(to_usize),
+            }),
+            data,
+        }
+    }
+
+    /// A part of a tensor, in row-major order.
+    pub(crate) fn of_part(entry: &TensorEntry, part: &TensorPart, data: Bytes) -> Self {
+        Self {
+            entry: Arc::new(Entry {
+                name: entry.name.clone(),
+                dtype: entry.dtype,
+                shape: to_usize(part.shape()),
+                strides: None,
             }),
             data,
         }

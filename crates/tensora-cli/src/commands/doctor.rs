@@ -489,7 +489,7 @@ fn unreadable(error: &anyhow::Error) -> Finding {
     Finding::problem(
         "checkpoint",
         failure::message(error, "; "),
-        failure::hint(error).unwrap_or("see to that, then run `tensora doctor` again"),
+        failure::hint(error).unwrap_or("see to that, then run `tensora doctor` again".into()),
     )
 }
 

@@ -4,7 +4,7 @@ use std::time::Instant;
 use anyhow::Result;
 use serde::Serialize;
 use tensora::convert::Digest;
-use tensora::io::{DirectFallback, ReadStats, peak_resident_bytes};
+use tensora::io::{DirectFallback, ReadStats, SharedReport, peak_resident_bytes};
 use tensora::{BackendKind, Checkpoint, Format, MemoryKind, Plan};
 
 use crate::args::LoadArgs;
@@ -36,6 +36,9 @@ struct LoadResult<'a> {
     /// What is odd about the checkpoint, as `inspect` says it too.
     notes: Vec<String>,
     stats: &'a ReadStats,
+    /// Who read what, where ranks read together.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    shared: Option<&'a SharedReport>,
     plan: &'a Plan,
     #[serde(skip)]
     explain: bool,
@@ -44,9 +47,10 @@ struct LoadResult<'a> {
 pub(crate) fn load(arguments: &LoadArgs, console: &Console) -> Result<()> {
     let progress = Arc::new(Progress::new("loading", console.progress));
     let watched = Arc::clone(&progress);
+    let loader = arguments.parts.loader(&arguments.source)?;
     let checkpoint = arguments
         .policy
-        .apply(arguments.source.loader())
+        .apply(arguments.shared.apply(loader))
         .on_progress(move |load| watched.update(load.done_bytes, load.total_bytes))
         .load(&arguments.source.path)?;
     progress.finish();
@@ -91,6 +95,7 @@ impl<'a> LoadResult<'a> {
             digest_seconds: None,
             notes: notes.iter().map(ToString::to_string).collect(),
             stats: &report.stats,
+            shared: report.shared.as_ref(),
             plan: &report.plan,
             explain: false,
         }

@@ -17,6 +17,7 @@ impl Report for PlanReport {
 }
 
 pub(crate) fn plan(arguments: &PlanArgs, console: &Console) -> Result<()> {
-    let loader = arguments.policy.apply(arguments.source.loader());
+    let loader = arguments.parts.loader(&arguments.source)?;
+    let loader = arguments.policy.apply(loader);
     emit(&PlanReport(loader.plan(&arguments.source.path)?), console)
 }

@@ -9,9 +9,11 @@
 mod bench;
 mod calibrate;
 mod convert;
+mod digest;
 mod doctor;
 mod inspect;
 mod load;
+mod parts;
 mod plan;
 mod readme;
 mod support;

@@ -172,7 +172,10 @@ fn contradictions_are_refused_with_a_way_out() {
             "any backend but mmap",
         ),
         (&["--memory=mapped", "--direct=required"], "--memory owned"),
-        (&["--memory=owned", "--memory-limit=1KiB"], "--select GLOB"),
+        (
+            &["--memory=owned", "--memory-limit=1KiB"],
+            "`--memory-limit SIZE`",
+        ),
         (&["--cache=keep", "--direct=required"], "--direct auto"),
         (&["--cache=bypass", "--direct=never"], "`required`"),
         (&["--cache=bypass", "--memory=mapped"], "--memory owned"),
