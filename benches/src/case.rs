@@ -32,6 +32,20 @@ pub enum CaseKind {
     OwnedPeer,
     /// Somebody else's reader, which maps.
     MappedPeer,
+    /// Tensors through a bounded set of buffers, each byte read once by the consumer.
+    Stream,
+    /// Somebody else's stream.
+    StreamPeer,
+    /// The content digest of a stream.
+    Digest,
+    /// Processors hashing as many bytes of memory.
+    Hash,
+    /// A rank's part of every tensor: a range of rows.
+    RowSlice,
+    /// A rank's part of every tensor: a range of columns.
+    ColumnSlice,
+    /// Several processes that load their parts together.
+    Ranks,
 }
 
 /// One way of reading a checkpoint.
@@ -53,9 +67,25 @@ enum Program {
     /// A mode of `raw_read`.
     RawRead(&'static str),
     Memcpy,
+    /// A mode of `timed` that takes a limit on memory and a checkpoint.
+    Bounded(&'static str),
+    Hash,
+    /// A load of the part that a rule says.
+    Slice(&'static str),
+    Ranks,
     /// A Python package.
     Python(&'static str),
+    /// The same, streaming.
+    PythonStream(&'static str),
 }
+
+/// Memory of a stream: what the command has by default.
+const STREAM_LIMIT_BYTES: u64 = 256 << 20;
+/// One of eight ranks, neither the first nor the last.
+const ROWS: &str = "*=dim:0,rank:3/8";
+/// The same of the columns of every matrix; vectors are whole.
+const COLUMNS: &str = "{*_proj,*embed_tokens,lm_head}.weight=dim:1,rank:3/8";
+const RANKS: u32 = 4;
 
 /// The planner's choice, owned memory.
 pub(crate) const AUTO: &str = "auto";
@@ -69,6 +99,12 @@ pub(crate) const FS_READ: &str = "fs-read";
 pub(crate) const MEMMAP2: &str = "memmap2";
 pub(crate) const PY_SAFETENSORS: &str = "py-safetensors";
 pub(crate) const PY_FASTSAFETENSORS: &str = "py-fastsafetensors";
+pub(crate) const STREAM: &str = "stream";
+pub(crate) const DIGEST: &str = "digest";
+pub(crate) const HASH: &str = "hash";
+pub(crate) const ROW_SLICE: &str = "row-slice";
+pub(crate) const COLUMN_SLICE: &str = "column-slice";
+pub(crate) const RANKS_TOGETHER: &str = "ranks";
 
 const CASES: &[Case] = {
     use CaseKind as Kind;
@@ -118,6 +154,17 @@ const CASES: &[Case] = {
             Kind::OwnedPeer,
             By::Python("fastsafetensors"),
         ),
+        case(STREAM, Kind::Stream, By::Bounded("stream")),
+        case(
+            "py-runai-stream",
+            Kind::StreamPeer,
+            By::PythonStream("runai-model-streamer"),
+        ),
+        case(DIGEST, Kind::Digest, By::Bounded("digest")),
+        case(HASH, Kind::Hash, By::Hash),
+        case(ROW_SLICE, Kind::RowSlice, By::Slice(ROWS)),
+        case(COLUMN_SLICE, Kind::ColumnSlice, By::Slice(COLUMNS)),
+        case(RANKS_TOGETHER, Kind::Ranks, By::Ranks),
     ]
 };
 
@@ -130,6 +177,15 @@ pub(crate) struct Printed {
     pub(crate) peak_resident_bytes: Option<u64>,
     pub(crate) xor: Option<u8>,
     pub(crate) choice: Option<String>,
+    /// What was needed of the files, in bytes, where less than all of them.
+    #[serde(default)]
+    pub(crate) needed_bytes: Option<u64>,
+    /// What was read of them for that.
+    #[serde(default)]
+    pub(crate) read_bytes: Option<u64>,
+    /// What came from the device, in bytes.
+    #[serde(default)]
+    pub(crate) device_bytes: Option<u64>,
 }
 
 /// What a case is run on.
@@ -145,7 +201,29 @@ pub(crate) struct Target<'a> {
 impl CaseKind {
     /// Whether it loads tensors, as opposed to whole files or nothing.
     pub(crate) fn loads_tensors(self) -> bool {
-        !matches!(self, Self::Ceiling | Self::Memcpy | Self::RawMapping)
+        !matches!(
+            self,
+            Self::Ceiling | Self::Memcpy | Self::RawMapping | Self::Hash
+        ) && !self.loads_parts()
+    }
+
+    /// Whether it loads parts of tensors, each process its own.
+    pub(crate) fn loads_parts(self) -> bool {
+        matches!(self, Self::RowSlice | Self::ColumnSlice | Self::Ranks)
+    }
+
+    /// Whether its memory is bounded, whatever the checkpoint.
+    pub(crate) fn is_bounded(self) -> bool {
+        matches!(self, Self::Stream | Self::StreamPeer | Self::Digest)
+    }
+
+    /// Whether it is about streams, slices and ranks, as opposed to loads of everything.
+    pub fn is_of_parts(self) -> bool {
+        self.loads_parts()
+            || matches!(
+                self,
+                Self::Stream | Self::StreamPeer | Self::Digest | Self::Hash
+            )
     }
 
     /// Whether it is Tensora's, into owned memory.
@@ -162,6 +240,7 @@ impl CaseKind {
                 | Self::AutomaticMapping
                 | Self::Explicit
                 | Self::OwnedPeer
+                | Self::Ranks
         )
     }
 }
@@ -175,7 +254,7 @@ impl Case {
     /// The Python package that it needs.
     pub fn package(&self) -> Option<&'static str> {
         match self.program {
-            Program::Python(package) => Some(package),
+            Program::Python(package) | Program::PythonStream(package) => Some(package),
             _ => None,
         }
     }
@@ -186,6 +265,8 @@ impl Case {
             CaseKind::Ceiling => state == CacheState::Cold,
             CaseKind::Memcpy | CaseKind::RawMapping => state == CacheState::Warm,
             CaseKind::OwnedPeer | CaseKind::MappedPeer => format == Format::Safetensors,
+            CaseKind::StreamPeer => format == Format::Safetensors && state == CacheState::Cold,
+            kind if kind.is_of_parts() => state == CacheState::Cold,
             _ => true,
         }
     }
@@ -214,10 +295,29 @@ impl Case {
             Program::Memcpy => {
                 command.args(["memcpy", &target.data_bytes.to_string()]);
             }
-            Program::Python(package) => {
+            Program::Bounded(mode) => {
+                command
+                    .args([mode, &STREAM_LIMIT_BYTES.to_string()])
+                    .arg(target.checkpoint);
+            }
+            Program::Hash => {
+                command.args(["hash", &target.data_bytes.to_string()]);
+            }
+            Program::Slice(rule) => {
+                command.args(["slice", rule]).arg(target.checkpoint);
+            }
+            Program::Ranks => {
+                command
+                    .args(["ranks", &RANKS.to_string()])
+                    .arg(target.checkpoint);
+            }
+            Program::Python(package) | Program::PythonStream(package) => {
                 command = peers
                     .context("the Python packages were not asked for")?
                     .command(package);
+                if matches!(self.program, Program::PythonStream(_)) {
+                    command.env("STREAM", "1");
+                }
                 command.args(target.files);
             }
         }

@@ -2,7 +2,7 @@
 
 use tensora_measure::{median, median_ratio};
 
-use crate::case::{AUTO, AUTO_AGAIN, AUTO_MAPPING, Case, CaseKind};
+use crate::case::{AUTO, AUTO_AGAIN, AUTO_MAPPING, Case, CaseKind, DIGEST, STREAM};
 use crate::run::{Cell, Sample};
 
 /// Until when a case's time runs.
@@ -91,6 +91,35 @@ impl Cell {
         self.against_best(AUTO, &self.names(&[CaseKind::Ceiling]))
     }
 
+    /// The stream, against the faster of the two ceilings.
+    pub fn stream_against_ceiling(&self) -> Option<Regret> {
+        self.against_best(STREAM, &self.names(&[CaseKind::Ceiling]))
+    }
+
+    /// The streamed digest, against whichever takes longer: the faster ceiling, or hashing as much memory.
+    pub fn digest_against_limits(&self) -> Option<Regret> {
+        let device = self.against_best(DIGEST, &self.names(&[CaseKind::Ceiling]))?;
+        let hashing = self.against_best(DIGEST, &self.names(&[CaseKind::Hash]))?;
+        Some(if hashing.figure < device.figure {
+            hashing
+        } else {
+            device
+        })
+    }
+
+    /// Largest of the case's quotients of two of a sample's counts.
+    #[allow(clippy::cast_precision_loss)]
+    pub(crate) fn share(
+        &self,
+        case: &str,
+        of: impl Fn(&Sample) -> Option<u64>,
+        to: impl Fn(&Sample) -> Option<u64>,
+    ) -> Option<f64> {
+        self.of_case(case)
+            .filter_map(|sample| Some(of(sample)? as f64 / to(sample)? as f64))
+            .max_by(f64::total_cmp)
+    }
+
     /// `case` against the one rival that is best over all rounds. The best of each single round would be whoever
     /// was lucky in it: a minimum of several noisy times, which nobody who sticks to one choice attains.
     fn against_best(&self, case: &str, rivals: &[&str]) -> Option<Regret> {
@@ -132,6 +161,9 @@ pub(crate) mod tests {
                 touched_seconds: (case.kind != CaseKind::Ceiling).then_some(elapsed_seconds + 0.5),
                 peak_resident_bytes: Some(1000),
                 choice: None,
+                needed_bytes: None,
+                read_bytes: None,
+                device_bytes: None,
             })
         });
         Cell {
@@ -209,6 +241,28 @@ pub(crate) mod tests {
         let against = cell.against_ceiling().unwrap();
         assert_eq!(against.best, "ceiling-rings");
         close(against.figure, 1.2);
+    }
+
+    #[test]
+    fn a_digest_is_held_against_whichever_limit_is_lower() {
+        let with = |hash| {
+            let cell = cell(
+                CacheState::Cold,
+                &[
+                    ("digest", &[3.0]),
+                    ("ceiling-threads", &[2.0]),
+                    ("ceiling-rings", &[2.5]),
+                    ("hash", &[hash]),
+                ],
+            );
+            cell.digest_against_limits().unwrap()
+        };
+        let slow_device = with(1.0);
+        assert_eq!(slow_device.best, "ceiling-threads");
+        close(slow_device.figure, 1.5);
+        let slow_hash = with(2.4);
+        assert_eq!(slow_hash.best, "hash");
+        close(slow_hash.figure, 1.25);
     }
 
     #[test]

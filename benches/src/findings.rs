@@ -5,11 +5,11 @@ use tensora::io::CacheState;
 use tensora_measure::{geometric_mean, median};
 
 use crate::case::{
-    AUTO, AUTO_MAPPING, CaseKind, FS_READ, MEMCPY, MEMMAP2, PY_FASTSAFETENSORS, PY_SAFETENSORS,
-    RAW_MAP,
+    AUTO, AUTO_MAPPING, COLUMN_SLICE, CaseKind, FS_READ, MEMCPY, MEMMAP2, PY_FASTSAFETENSORS,
+    PY_SAFETENSORS, RANKS_TOGETHER, RAW_MAP, ROW_SLICE, STREAM,
 };
 use crate::figures::{Clock, Regret};
-use crate::run::{Cell, OpenTimes, Run};
+use crate::run::{Cell, OpenTimes, Run, Sample};
 
 /// A figure that has a bound.
 #[derive(Clone, Debug, Serialize)]
@@ -39,6 +39,19 @@ const AHEAD: f64 = 1.0;
 const EXTRA_RESIDENT_BYTES: f64 = (64 << 20) as f64;
 /// Opening ÷ parsing the same headers with the `safetensors` crate.
 const OPENING: f64 = 1.5;
+/// Cold stream ÷ what the device delivers.
+const STREAM_CEILING: f64 = 1.05;
+/// Peak resident memory of a stream through 256 MiB.
+const STREAM_RESIDENT_BYTES: f64 = (320 << 20) as f64;
+/// Streamed digest ÷ the slower of device and hashing.
+const DIGEST_LIMITS: f64 = 1.15;
+/// Read ÷ needed, and time ÷ an eighth of a full load's.
+const ROWS_READ: f64 = 1.05;
+const ROWS_TIME: f64 = 1.5;
+/// Time ÷ a full load's.
+const COLUMNS_TIME: f64 = 1.1;
+/// From the device, all ranks together, ÷ the checkpoint.
+const RANKS_READ: f64 = 1.02;
 const PLANNING_SECONDS: f64 = 0.001;
 /// Planning and probing, for each hundred files begun in part.
 const PROBING_SECONDS: f64 = 0.005;
@@ -94,6 +107,7 @@ impl Run {
             cell.limits(&mut findings);
             cell.peers(&mut findings);
             cell.memory(&mut findings);
+            cell.parts(&mut findings);
             cell.failed(&mut findings);
         }
         for open in &self.opens {
@@ -172,6 +186,48 @@ impl Cell {
                 ));
             }
         }
+    }
+
+    /// Streams, slices and ranks.
+    #[allow(clippy::cast_precision_loss)]
+    fn parts(&self, findings: &mut Vec<Finding>) {
+        let mut add = |what: &str, figure: Option<f64>, bound| {
+            if let Some(figure) = figure {
+                let what = format!("{}: {what}", self.title());
+                findings.push(Finding::new(what, figure, bound));
+            }
+        };
+        if let Some(against) = self.stream_against_ceiling() {
+            let what = format!("stream ÷ {}", against.best);
+            add(&what, Some(against.figure), STREAM_CEILING);
+        }
+        for peer in self
+            .cases()
+            .filter(|case| case.kind == CaseKind::StreamPeer)
+        {
+            let figure = self.ratio(STREAM, peer.name, Clock::Usable);
+            add(&format!("stream ÷ {}", peer.name), figure, AHEAD);
+        }
+        let peak = self.peak_resident_bytes(STREAM).map(|peak| peak as f64);
+        add("stream, resident bytes", peak, STREAM_RESIDENT_BYTES);
+        if let Some(against) = self.digest_against_limits() {
+            let what = format!("digest ÷ {}", against.best);
+            add(&what, Some(against.figure), DIGEST_LIMITS);
+        }
+        let (read, needed) = (|s: &Sample| s.read_bytes, |s: &Sample| s.needed_bytes);
+        let rows = self.share(ROW_SLICE, read, needed);
+        add("row-slice, read ÷ needed", rows, ROWS_READ);
+        let time = self.ratio(ROW_SLICE, AUTO, Clock::Usable);
+        let eighths = time.map(|figure| figure * 8.0);
+        add("row-slice ÷ (auto ÷ 8)", eighths, ROWS_TIME);
+        let time = self.ratio(COLUMN_SLICE, AUTO, Clock::Usable);
+        add("column-slice ÷ auto", time, COLUMNS_TIME);
+        let device = self.share(
+            RANKS_TOGETHER,
+            |sample| sample.device_bytes,
+            |_| Some(self.file_bytes),
+        );
+        add("ranks, device bytes ÷ file bytes", device, RANKS_READ);
     }
 
     /// An automatic load that fails misses every bound. A backend that does not work here, or a peer, does not.
@@ -313,6 +369,39 @@ mod tests {
         assert!(missed(&run(vec![cell.clone()])).is_empty());
         cell.samples[0].peak_resident_bytes = Some(1001 + (64 << 20));
         assert_eq!(missed(&run(vec![cell])).len(), 1);
+    }
+
+    #[test]
+    fn streams_slices_and_ranks_have_bounds() {
+        let with = |slower: f64, more: u64| {
+            let times: &[(&str, &[f64])] = &[
+                ("ceiling-rings", &[1.0]),
+                ("hash", &[0.5]),
+                ("auto", &[1.1]),
+                ("stream", &[1.04 * slower]),
+                ("py-runai-stream", &[1.04]),
+                ("digest", &[1.14 * slower]),
+                ("row-slice", &[0.2 * slower]),
+                ("column-slice", &[1.2 * slower]),
+                ("ranks", &[1.5]),
+            ];
+            let mut cell = cell(CacheState::Cold, times);
+            for sample in &mut cell.samples {
+                match sample.case.as_str() {
+                    "row-slice" => {
+                        sample.needed_bytes = Some(1000);
+                        sample.read_bytes = Some(1040 + more);
+                    }
+                    "ranks" => sample.device_bytes = Some(1120 + more),
+                    "stream" => sample.peak_resident_bytes = Some((319 << 20) + (more << 20)),
+                    _ => (),
+                }
+            }
+            missed(&run(vec![cell]))
+        };
+        assert_eq!(with(1.0, 0), [""; 0]);
+        let missed = with(1.1, 100);
+        assert_eq!(missed.len(), 8, "{missed:?}");
     }
 
     #[test]

@@ -35,15 +35,25 @@ pub(crate) fn draw(run: &Run) -> Vec<(String, String)> {
 
 fn role(kind: CaseKind) -> BarRole {
     match kind {
-        CaseKind::Ceiling | CaseKind::Memcpy | CaseKind::RawMapping => BarRole::Limit,
-        CaseKind::Automatic | CaseKind::AutomaticMapping => BarRole::Automatic,
+        CaseKind::Ceiling | CaseKind::Memcpy | CaseKind::RawMapping | CaseKind::Hash => {
+            BarRole::Limit
+        }
+        CaseKind::Automatic
+        | CaseKind::AutomaticMapping
+        | CaseKind::Stream
+        | CaseKind::Digest
+        | CaseKind::RowSlice
+        | CaseKind::ColumnSlice
+        | CaseKind::Ranks => BarRole::Automatic,
         CaseKind::Explicit | CaseKind::ExplicitMapped => BarRole::Explicit,
-        CaseKind::OwnedPeer | CaseKind::MappedPeer => BarRole::Peer,
+        CaseKind::OwnedPeer | CaseKind::MappedPeer | CaseKind::StreamPeer => BarRole::Peer,
     }
 }
 
 fn throughput(cell: &Cell) -> BarChart {
-    let bars = cell.cases().filter_map(|case| {
+    // A part of the tensors in a part of the time says nothing of speed.
+    let whole = cell.cases().filter(|case| !case.kind.loads_parts());
+    let bars = whole.filter_map(|case| {
         let seconds = cell.median_seconds(case.name, Clock::Touched)?;
         Some(Bar {
             label: case.name.to_owned(),

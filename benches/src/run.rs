@@ -46,6 +46,15 @@ pub struct Sample {
     /// What the planner chose.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub choice: Option<String>,
+    /// What was needed of the files, in bytes, where parts of tensors are loaded.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub needed_bytes: Option<u64>,
+    /// What was read of them for that.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub read_bytes: Option<u64>,
+    /// What came from the device, by the kernel's count.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device_bytes: Option<u64>,
 }
 
 /// A case that could not be timed.

@@ -22,6 +22,8 @@ const OPEN_PRESETS: &[&str] = &["qwen3-30b-a3b", "deepseek-v3"];
 const OPEN_ROUNDS: u32 = 15;
 /// What the bounds are about.
 const MATRIX: &[&str] = &["qwen3-0.6b", "smollm3-3b", "qwen3-8b"];
+/// What streams, slices and ranks are compared with.
+const PARTS_RIVALS: &[&str] = &["ceiling-threads", "ceiling-rings", "auto"];
 const STATES: [CacheState; 3] = [CacheState::Cold, CacheState::Half, CacheState::Warm];
 /// The crates that loads are compared with.
 const PEER_CRATES: &[&str] = &["safetensors", "memmap2"];
@@ -43,9 +45,13 @@ pub struct BenchArguments {
     /// What the page cache holds: cold, half or warm; all of them unless given
     #[arg(long, value_name = "STATE", value_delimiter = ',', value_parser = parse_state)]
     states: Vec<CacheState>,
-    /// Which cases to time, separated by commas; all of them unless given
+    /// Which cases to time, separated by commas; unless given, all but those of --parts
     #[arg(long, value_name = "CASE", value_delimiter = ',', value_parser = case_names())]
     cases: Vec<String>,
+    /// Streams, slices and ranks instead of loads of everything: of the other
+    /// cases only those that they are compared with
+    #[arg(long, conflicts_with = "cases")]
+    parts: bool,
     /// How often each case is timed
     #[arg(long, value_name = "N", default_value_t = 7)]
     rounds: u32,
@@ -160,7 +166,9 @@ impl BenchArguments {
     }
 
     fn states(&self) -> &[CacheState] {
-        if self.states.is_empty() {
+        if self.states.is_empty() && self.parts {
+            &STATES[..1]
+        } else if self.states.is_empty() {
             &STATES
         } else {
             &self.states
@@ -170,7 +178,11 @@ impl BenchArguments {
     /// The cases that were asked for; those of Python packages only with `--peers`.
     fn cases(&self) -> Vec<Case> {
         let wanted = |case: &&Case| {
-            let named = self.cases.is_empty() || self.cases.iter().any(|name| name == case.name);
+            let named = match (self.cases.is_empty(), self.parts) {
+                (false, _) => self.cases.iter().any(|name| name == case.name),
+                (true, true) => case.kind.is_of_parts() || PARTS_RIVALS.contains(&case.name),
+                (true, false) => !case.kind.is_of_parts(),
+            };
             named && (self.peers || case.package().is_none())
         };
         Case::all().iter().filter(wanted).cloned().collect()
