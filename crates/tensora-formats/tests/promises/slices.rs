@@ -320,7 +320,7 @@ fn bytes_of(runs: impl Iterator<Item = Range<u64>>) -> Vec<u8> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(2000))]
+    #![proptest_config(ProptestConfig::with_cases(1000))]
 
     #[test]
     fn parts_are_what_a_naive_slice_is(sliced in sliced(), from in 0u64..80, len in 0u64..80) {

@@ -251,7 +251,7 @@ fn overlap(a: &TensorPart, b: &TensorPart) -> bool {
 fn any_options() -> impl Strategy<Value = WindowOptions> {
     (
         prop_oneof![8u64..64, 32u64..1000],
-        prop::sample::select(vec![0u64, 1, 2, 8, 12, 16]),
+        prop::sample::select(vec![0u64, 1, 1, 2, 8, 12, 16]),
         prop_oneof![Just(0u64), 0u64..24, Just(u64::MAX)],
         prop::sample::select(vec![WindowOrder::File, WindowOrder::Given]),
     )
@@ -279,13 +279,15 @@ fn any_parts() -> impl Strategy<Value = Vec<Sliced>> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(3000))]
+    #![proptest_config(ProptestConfig::with_cases(1500))]
 
     #[test]
     fn windows_hold_every_byte_of_every_part(slices in any_parts(), options in any_options(), bytes_only in any::<bool>()) {
         let mut slices = slices;
         if bytes_only {
-            slices.retain(|sliced| sliced.entry.dtype.bits() == 8);
+            slices.retain(|sliced| {
+                sliced.entry.dtype.bits() == 8 && sliced.part().unwrap().is_ascending()
+            });
         }
         let parts: Vec<TensorPart> = slices.iter().map(|sliced| sliced.part().unwrap()).collect();
         let ends = |file| parts.iter().filter(move |part| part.file() == file).map(|part| part.hull().end);
