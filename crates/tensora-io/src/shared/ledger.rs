@@ -653,6 +653,28 @@ mod tests {
         }
     }
 
+    #[test]
+    fn only_buffers_that_may_have_been_read_into_are_given_up() {
+        let item = || Item {
+            wanted: [0, 1].into_iter().collect(),
+            bytes: 1,
+            takes_buffer: true,
+        };
+        let items: Vec<Item> = (0..4).map(|_| item()).collect();
+        for (seen, given_up) in [(2, 2), (1, 1), (0, 0)] {
+            let mut ledger = Ledger::new(items.clone(), [(0, 2), (1, 2)], 4, 3);
+            let begun = ledger.take_effects();
+            let of_one = |effect: &&Effect| matches!(effect, Effect::Send(1, Message::Read { .. }));
+            assert_eq!(begun.iter().filter(of_one).count(), 2);
+            ledger.left(1, 0, seen);
+            let effects = ledger.take_effects();
+            let discards = effects
+                .iter()
+                .filter(|one| matches!(one, Effect::Discard(_)));
+            assert_eq!(discards.count(), given_up);
+        }
+    }
+
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(400))]
 

@@ -158,6 +158,10 @@ impl Plan {
                 let mut wanted: RankSet = (0..world)
                     .filter(|_| everyone || rng.below(3) > 0)
                     .collect();
+                if self.get("early").is_some() && number >= 8 {
+                    wanted = wanted.iter().filter(|&rank| rank + 1 == world).collect();
+                    wanted.insert(world - 1);
+                }
                 if number % 10 != 7 && wanted.is_empty() {
                     wanted.insert(number as u32 % world);
                 }
@@ -182,6 +186,11 @@ settings!(seed: u64, world: u32, fingerprint: &str, backend: &str, join_ms: u64,
     buffers: u32, readers: u32, delay_ms: u64, consume_ms: u64);
 
 impl Plan {
+    /// All but the last rank want the first 8 windows at most.
+    pub(crate) fn early(self) -> Self {
+        self.with("early", 1)
+    }
+
     pub(crate) fn everyone(self) -> Self {
         self.with("everyone", 1)
     }
@@ -220,6 +229,7 @@ struct Misbehaving {
     rank: u64,
     windows: Vec<ReadWindow>,
     cancel: CancelToken,
+    calls: AtomicU64,
 }
 
 impl Misbehaving {
@@ -255,6 +265,7 @@ impl Backend for Misbehaving {
         params: &TransferParams,
         control: &Control,
     ) -> Result<ReadStats> {
+        self.calls.fetch_add(1, Ordering::Relaxed);
         let window = self.window(&requests);
         let path = requests[0].file.path().to_owned();
         let offset = requests[0].offset;
@@ -343,7 +354,9 @@ pub(crate) fn member() {
         rank,
         windows: windows.iter().map(|each| each.window.clone()).collect(),
         cancel: cancel.clone(),
+        calls: AtomicU64::new(0),
     });
+    let read = Arc::clone(&backend);
     let transfer = TransferParams {
         chunk_bytes: 8192,
         queue_depth: 2,
@@ -447,6 +460,7 @@ pub(crate) fn member() {
     }
     say(&format!("members {}", report.members.len()));
     say(&format!("read_here {}", report.windows_read_here));
+    say(&format!("calls {}", read.calls.load(Ordering::Relaxed)));
     say(&format!("received {}", report.windows_received));
     say(&format!("died {}", report.died.len()));
     say(&format!("rejected {}", report.rejected.len()));
@@ -664,6 +678,13 @@ impl Group {
                 member.lines
             );
         }
+    }
+
+    /// Waits until a member has said so much, or ends.
+    pub(crate) fn wait_for_lines(&mut self, index: usize, count: usize) {
+        let member = &mut self.members[index];
+        let deadline = Instant::now() + PATIENCE;
+        while member.lines.len() < count && member.read(deadline).is_some() {}
     }
 
     pub(crate) fn signal(&mut self, index: usize, signal: Signal) {
