@@ -142,6 +142,20 @@ fn parts_that_fit_are_whole_and_others_are_cut_at_blocks() {
 }
 
 #[test]
+fn what_did_not_fit_a_window_is_not_read_with_it() {
+    let files = [file(22)];
+    let parts = [bytes("a", 0, 10), bytes("b", 10, 12)];
+    let options = WindowOptions {
+        window_bytes: 16,
+        align_bytes: 1,
+        ..FILE_ORDER
+    };
+    let found = windows(&files, &parts, &options).unwrap();
+    let read: Vec<u64> = found.iter().map(Window::read_bytes).collect();
+    assert_eq!(read, [10, 12]);
+}
+
+#[test]
 fn columns_of_several_ranks_are_read_once() {
     let files = [file(1 << 20)];
     let entry = stored("w", 4096, &[64, 1024], None, 65_536);
