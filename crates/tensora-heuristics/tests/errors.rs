@@ -6,7 +6,7 @@ use common::{GIB, five_shards, on_tmpfs, one_shard, platform, stored, without};
 use expect_test::{Expect, expect};
 use tensora_heuristics::{
     BackendChoice, CacheChoice, DirectChoice, MappingConsent, MemoryBound, MemoryChoice, PlanError,
-    Policy, Proposal, Workload, plan, plan_stream,
+    Policy, Proposal, SharedWorkload, Workload, plan, plan_stream,
 };
 use tensora_io::{BackendKind, DirectPolicy, DirectSupport, FileSystemClass, Platform};
 
@@ -473,6 +473,179 @@ fn nothing_fits() {
         ],
     );
     assert_eq!(proposals(&error), []);
+}
+
+/// Refuses a stream with this message.
+#[track_caller]
+fn no_stream(
+    workload: &Workload,
+    platform: &Platform,
+    change: impl FnOnce(&mut Policy),
+    expected: &Expect,
+) -> PlanError {
+    let mut policy = Policy::default();
+    change(&mut policy);
+    let error = plan_stream(workload, platform, &policy).expect_err("there is no plan");
+    expected.assert_eq(&error.to_string());
+    error
+}
+
+#[test]
+fn a_stream_is_not_mapped() {
+    no_stream(
+        &one_shard(),
+        &platform(2),
+        |policy| {
+            policy.memory = MemoryChoice::Mapped;
+            policy.mapping = MappingConsent::Granted;
+        },
+        &expect![
+            "mapped memory was asked for, but a stream reads into buffers of its own, which it uses again and again; leave the memory to auto, or map the whole load instead of streaming it"
+        ],
+    );
+}
+
+#[test]
+fn a_stream_refuses_what_a_load_refuses() {
+    let wishes: [fn(&mut Policy); 4] = [
+        |policy| policy.workers = Some(0),
+        |policy| {
+            required(policy);
+            policy.cache = CacheChoice::Keep;
+        },
+        |policy| {
+            required(policy);
+            policy.backend = BackendChoice::Named(BackendKind::Mmap);
+        },
+        |policy| policy.backend = BackendChoice::Named(BackendKind::IoUring),
+    ];
+    let platform = without(platform(2), &[BackendKind::IoUring]);
+    for change in wishes {
+        let mut policy = Policy::default();
+        change(&mut policy);
+        let load = plan(&one_shard(), &platform, &policy).expect_err("there is no plan");
+        assert_eq!(plan_stream(&one_shard(), &platform, &policy), Err(load));
+    }
+}
+
+#[test]
+fn a_stream_that_its_limit_has_no_room_for() {
+    let error = no_stream(
+        &one_shard(),
+        &platform(2),
+        |policy| policy.memory_limit_bytes = Some(500_000),
+        &expect![
+            "a stream of these tensors takes 896 KiB (917504 bytes) of memory at least, 2 buffers of 256 KiB and 384 KiB besides, but the memory limit that was set allows 488.28 KiB (500000 bytes); raise the memory limit"
+        ],
+    );
+    let PlanError::StreamDoesNotFit {
+        least_bytes,
+        buffers,
+        buffer_bytes,
+        bound: MemoryBound::Limit,
+        ..
+    } = error
+    else {
+        panic!("{error:?}");
+    };
+    assert_eq!((buffers, buffer_bytes), (2, 256 << 10));
+    // What it asks for is enough, and not a byte more than that.
+    let mut policy = Policy::default();
+    policy.memory_limit_bytes = Some(least_bytes);
+    assert!(plan_stream(&one_shard(), &platform(2), &policy).is_ok());
+    policy.memory_limit_bytes = Some(least_bytes - 1);
+    assert!(plan_stream(&one_shard(), &platform(2), &policy).is_err());
+
+    let mut workload = one_shard();
+    workload.indivisible_bytes = 300 << 20;
+    no_stream(
+        &workload,
+        &platform(2),
+        |policy| policy.workers = Some(7),
+        &expect![
+            "a stream of these tensors takes 1.76 GiB (1889796096 bytes) of memory at least, 6 buffers of 300.06 MiB and 1.88 MiB besides, but the default limit of a stream allows 256 MiB (268435456 bytes); raise the memory limit, or leave workers to the planner"
+        ],
+    );
+    no_stream(
+        &one_shard(),
+        &platform(2),
+        |policy| policy.chunk_bytes = Some(1 << 30),
+        &expect![
+            "a stream of these tensors takes 2 GiB (2147876864 bytes) of memory at least, 2 buffers of 1 GiB and 384 KiB besides, but the default limit of a stream allows 256 MiB (268435456 bytes); raise the memory limit, or leave chunk_bytes to the planner"
+        ],
+    );
+    let mut small = platform(2);
+    small.memory.cgroup_available_bytes = Some(1 << 20);
+    small.memory.cgroup_limit_path = Some("/sys/fs/cgroup/serving/memory.max".into());
+    no_stream(
+        &one_shard(),
+        &small,
+        |_| {},
+        &expect![
+            "a stream of these tensors takes 896 KiB (917504 bytes) of memory at least, 2 buffers of 256 KiB and 384 KiB besides, but the control group (/sys/fs/cgroup/serving/memory.max) leaves it 512 KiB, half of what there is (524288 bytes); raise the control group's memory limit"
+        ],
+    );
+}
+
+#[test]
+fn slices_that_no_mapping_can_show() {
+    let mut workload = one_shard();
+    workload.gathered_tensors = 3;
+    refused(
+        &workload,
+        &platform(2),
+        |policy| {
+            policy.memory = MemoryChoice::Mapped;
+            policy.mapping = MappingConsent::Granted;
+        },
+        "mapped memory was asked for, but 3 of the tensors are slices that lie scattered in their files, which \
+         no mapping can show in one piece; ask for owned memory, or select others",
+    );
+}
+
+#[test]
+fn sharing_without_a_page_cache_or_shared_memory() {
+    let mut workload = one_shard();
+    workload.shared = Some(SharedWorkload::new(2, GIB, 0));
+    let mut elsewhere = platform(2);
+    elsewhere.os = "freebsd".to_owned();
+    refused(
+        &workload,
+        &elsewhere,
+        required,
+        "on freebsd ranks can share a read through the page cache only, and the wishes keep reads out of it; \
+         leave the cache and direct I/O to auto, or load without sharing",
+    );
+}
+
+#[test]
+fn gathered_and_shared_loads_are_proposed_what_fits_them() {
+    let mut workload = one_shard();
+    workload.gathered_tensors = 1;
+    workload.shared = Some(SharedWorkload::new(4, GIB, GIB));
+    let mut small = platform(2);
+    small.os = "linux".to_owned();
+    small.memory.available_bytes = Some(GIB);
+    let error = short(
+        &workload,
+        &small,
+        |_| {},
+        &expect![
+            "the load needs 1.43 GiB (1537736704 bytes) of memory, 1.4 GiB for tensors and 32.88 MiB for reads under way, but the machine leaves 1 GiB (1073741824 bytes); stream them through 134 MiB of memory, or load the slices of one rank of 8 or more, or load fewer tensors at a time, about 991.13 MiB of them, or free memory on the machine"
+        ],
+    );
+    // No mapping; and as this is one rank of four already, more than eight would share what is left.
+    assert!(
+        !proposals(&error)
+            .iter()
+            .any(|p| matches!(p, Proposal::Map { .. }))
+    );
+    assert!(proposals(&error).contains(&Proposal::Slice { world: 8 }));
+    let PlanError::DoesNotFit { buffer_bytes, .. } = error else {
+        unreachable!();
+    };
+    // Reads under way, and two windows with scratch for one reader.
+    assert_eq!(buffer_bytes, (32 << 20) + (896 << 10));
 }
 
 #[test]

@@ -346,7 +346,7 @@ fn wishes_are_obeyed() {
         assert_eq!(geometry(&plan), expected, "{backend}");
     }
     let plan = with(&one_shard(), &platform(2), |policy| {
-        policy.workers = Some(3)
+        policy.workers = Some(3);
     });
     assert_eq!(geometry(&plan), (3, 1, 2048, 6, 4096));
     assert_eq!(reason(&plan, "readers"), "It was set.");
@@ -357,21 +357,21 @@ fn wishes_are_obeyed() {
     });
     assert_eq!(geometry(&plan), (16, 1, 512, 20, 512));
     let plan = with(&one_shard(), &platform(2), |policy| {
-        policy.chunk_bytes = Some(16 * MIB)
+        policy.chunk_bytes = Some(16 * MIB);
     });
     assert_eq!(geometry(&plan), (8, 1, 16 * KIB, 15, 16 * KIB));
     let plan = with(&one_shard(), &platform(2), |policy| {
-        policy.chunk_bytes = Some(100_000)
+        policy.chunk_bytes = Some(100_000);
     });
     assert_eq!(plan.params.chunk_bytes, 100_000);
     assert_eq!(plan.buffer_bytes, 4 * MIB);
     let plan = with(&five_shards(), &platform(2), |policy| {
-        policy.queue_depth = Some(64)
+        policy.queue_depth = Some(64);
     });
     assert_eq!((plan.params.queue_depth, plan.buffer_bytes), (64, 32 * MIB));
     // Without rings it has no effect, and the plan says so.
     let plan = with(&one_shard(), &platform(2), |policy| {
-        policy.queue_depth = Some(64)
+        policy.queue_depth = Some(64);
     });
     assert_eq!(geometry(&plan), THREADS);
     assert!(
@@ -389,7 +389,7 @@ fn wishes_are_obeyed() {
         assert_eq!(plan.params.direct, direct);
     }
     let kept = with(&one_shard(), &platform(2), |policy| {
-        policy.cache = CacheChoice::Keep
+        policy.cache = CacheChoice::Keep;
     });
     assert_eq!(kept.params.direct, DirectPolicy::Never);
     let bypassed = with(&one_shard(), &resident(1000), |policy| {
@@ -441,7 +441,9 @@ fn ranks_agree_on_buffers_whatever_they_see() {
         );
     }
     // Readers that are set are those of each rank, and each has a buffer.
-    let many = with(&workload, &platform(2), |policy| policy.workers = Some(12));
+    let many = with(&workload, &platform(2), |policy| {
+        policy.workers = Some(12);
+    });
     assert_eq!((many.readers, many.buffers), (12, 59));
     assert!(many.memory_bytes() <= DEFAULT_STREAM_MEMORY_BYTES);
     let mut policy = Policy::default();

@@ -56,7 +56,7 @@ impl Case<'_> {
             }
             return decided(policy, reason, Vec::new());
         }
-        if self.copies_shared_cache() {
+        if self.copies_shared_cache() && !self.bypasses_cache() {
             let reason =
                 "The ranks that load together share the page cache, so reads go through it."
                     .to_owned();

@@ -101,8 +101,14 @@ impl Case<'_> {
                 memory_bytes: stream.memory_bytes(),
             });
         }
+        // With nothing to read with, less of it is no way out.
+        if self.choose(MemoryKind::Owned, None).is_err() {
+            return proposals;
+        }
         let destination_bytes = self.workload.destination_bytes;
-        let beside_bytes = self.needed_bytes().saturating_sub(destination_bytes);
+        let beside_bytes = self
+            .buffer_bytes()
+            .saturating_add(self.workload.index_bytes);
         let room_bytes = shortage.available_bytes.saturating_sub(beside_bytes);
         // A slice may have to be gathered.
         let windows_bytes = if self.needs_windows() {
@@ -115,10 +121,10 @@ impl Case<'_> {
             .shared
             .as_ref()
             .map_or(1, |shared| shared.world.max(1));
-        let parts = destination_bytes
-            .div_ceil(room_bytes.saturating_sub(windows_bytes).max(1))
-            .saturating_mul(ranks.into());
-        if let Ok(world) = u32::try_from(parts)
+        let slice_bytes = room_bytes.saturating_sub(windows_bytes);
+        if slice_bytes > 0
+            && let parts = destination_bytes.div_ceil(slice_bytes)
+            && let Ok(world) = u32::try_from(parts.saturating_mul(ranks.into()))
             && (2..=tuning::PROPOSED_WORLD_MAX).contains(&world)
         {
             proposals.push(Proposal::Slice { world });

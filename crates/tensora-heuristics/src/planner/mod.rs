@@ -82,7 +82,7 @@ pub fn plan(workload: &Workload, platform: &Platform, policy: &Policy) -> Result
     let (sharing, sharing_decision) = case.sharing(memory).unzip();
     let mut decisions = vec![memory_decision];
     decisions.extend(choice.decisions);
-    decisions.extend(case.slices());
+    decisions.extend(case.slices(memory));
     decisions.extend(sharing_decision);
     decisions.extend(profile_decision);
     Ok(Plan {

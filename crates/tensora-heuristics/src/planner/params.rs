@@ -45,7 +45,7 @@ pub(super) enum Shape {
 
 impl Shape {
     /// Whether reads may go through scratch buffers, so that what is in flight takes memory.
-    pub(super) fn takes_scratch(self) -> bool {
+    fn takes_scratch(self) -> bool {
         !matches!(self, Self::Copy | Self::Buffered | Self::Map)
     }
 }
@@ -61,7 +61,9 @@ impl Case<'_> {
         let shape = self.shape(backend, direct);
         let measured = pick.map(|pick| &pick.measurement.params);
         let (chunk_bytes, chunk) = self.chunk_bytes(shape, measured);
-        let (workers, worker) = self.workers(shape, chunk_bytes, measured);
+        // A copy out of the page cache may find something missing there, and read that directly.
+        let takes_scratch = shape.takes_scratch() || self.reads_direct(direct);
+        let (workers, worker) = self.workers(shape, takes_scratch, chunk_bytes, measured);
         let (queue_depth, depth) = self.queue_depth(shape, chunk_bytes, workers, measured);
         let params = TransferParams {
             chunk_bytes,
@@ -190,6 +192,7 @@ impl Case<'_> {
     fn workers(
         &self,
         shape: Shape,
+        takes_scratch: bool,
         chunk_bytes: u64,
         measured: Option<&TransferParams>,
     ) -> (u32, Decision) {
@@ -255,7 +258,7 @@ impl Case<'_> {
             None => (constant, why),
         };
         let room = (tuning::MAX_IN_FLIGHT_BYTES / chunk_bytes).max(1);
-        if measured.is_none() && shape.takes_scratch() && room < u64::from(auto) {
+        if measured.is_none() && takes_scratch && room < u64::from(auto) {
             auto = saturate(room);
             reason = format!(
                 "More chunks of {} at once would exceed {} in flight.",

@@ -117,7 +117,7 @@ impl Case<'_> {
     }
 
     /// What is needed and what is read, where that is not simply all of the files.
-    pub(super) fn slices(&self) -> Option<Decision> {
+    pub(super) fn slices(&self, memory: MemoryKind) -> Option<Decision> {
         let workload = self.workload;
         let needed_bytes = workload.needed_bytes;
         // Nothing is delivered that is not read, whatever the workload claims.
@@ -143,9 +143,13 @@ impl Case<'_> {
         }
         let gathered = workload.gathered_tensors;
         let (chosen, rejected) = if gathered == 0 {
-            reason.push_str(
-                " What is needed of each tensor lies in one piece and is read straight to where it goes.",
-            );
+            reason.push_str(if self.streams {
+                " What is needed of each tensor lies in one piece and is handed on where it was read."
+            } else if memory == MemoryKind::Mapped {
+                " What is needed of each tensor lies in one piece and is used where it is."
+            } else {
+                " What is needed of each tensor lies in one piece and is read straight to where it goes."
+            });
             ("straight", Vec::new())
         } else {
             let all = gathered >= workload.tensors;
@@ -157,7 +161,11 @@ impl Case<'_> {
                 if gathered == 1 { "lies" } else { "lie" },
             ));
             if !all {
-                reason.push_str(" The others are read straight to where they go.");
+                reason.push_str(if self.streams {
+                    " The others are handed on where they were read."
+                } else {
+                    " The others are read straight to where they go."
+                });
             }
             let rejection = Rejection::new(
                 "straight",

@@ -89,7 +89,7 @@ pub fn plan_stream(
     plan.decisions
         .push(decided("memory_bytes", plan.memory_bytes(), held, Vec::new()).1);
     plan.decisions.extend(choice.decisions);
-    plan.decisions.extend(case.slices());
+    plan.decisions.extend(case.slices(MemoryKind::Owned));
     plan.decisions.extend(profile_decision);
     Ok(plan)
 }
@@ -321,7 +321,7 @@ impl Case<'_> {
                 readers: policy.workers.unwrap_or(readers),
                 readers_set: policy.workers.is_some(),
                 buffers: recipe.buffers,
-                takes_scratch: shape.takes_scratch() && self.reads_direct(direct),
+                takes_scratch: self.reads_direct(direct),
             },
         };
         let windows = self.fit(&sizing)?;
@@ -330,10 +330,19 @@ impl Case<'_> {
 
         let (auto_readers, readers_why) = match &self.workload.shared {
             Some(shared) => {
-                let share = readers.div_ceil(shared.world.max(1)).min(windows.buffers);
+                // One buffer is with a consumer.
+                let all = readers
+                    .min(windows.readers)
+                    .min(windows.buffers.saturating_sub(1))
+                    .max(1);
+                let share = all.div_ceil(shared.world.max(1));
                 let why = format!(
-                    "{} read the windows that they share in turn: {readers} readers are enough for all.",
-                    count(shared.world.into(), "rank")
+                    "{} read the windows that they share in turn, and {} enough for all.",
+                    count(shared.world.into(), "rank"),
+                    match all {
+                        1 => "1 reader is".to_owned(),
+                        all => format!("{all} readers are"),
+                    }
                 );
                 (share, why)
             }
