@@ -847,6 +847,12 @@ fn bypassing_reads_directly_and_copies_what_is_there() {
         assert_eq!(plan.params.resident, resident_policy);
         assert!(rejection(&plan, "memory", "mapped").contains("is to be bypassed"));
     }
+    // What is missing from the page cache may need scratch, so that a copy is bounded as direct reads are.
+    let mut many_cpus = resident(1000);
+    many_cpus.cpus = 64;
+    let plan = with(&five_shards(), &many_cpus, bypass);
+    assert_eq!((plan.params.chunk_bytes, plan.params.workers), (4 * MIB, 8));
+    assert_eq!(auto(&one_shard(), &many_cpus).params.workers, 16);
     // Also where it does not pay.
     let tiny = with(&whole(SafeTensors, 1, MIB), &platform(2), bypass);
     assert_eq!(tiny.params.direct, DirectPolicy::Preferred);

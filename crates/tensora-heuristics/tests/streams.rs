@@ -273,6 +273,9 @@ fn no_more_than_half_of_what_there_is() {
         reason(&plan, "memory_bytes")
             .contains("The machine leaves it 64 MiB, half of what there is.")
     );
+    // Half counts, also where all of it would be more than the limit.
+    let plan = auto(&one_shard(), &left(300 * MIB));
+    assert!(reason(&plan, "memory_bytes").contains("The machine leaves it 150 MiB"));
     // A limit that was set does not raise what there is.
     let plan = with(&one_shard(), &left(128 * MIB), |policy| {
         policy.memory_limit_bytes = Some(GIB);
