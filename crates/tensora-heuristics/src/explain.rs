@@ -67,6 +67,7 @@ fn title(decision: &Decision) -> &'static str {
     match decision.field {
         "chunk_bytes" => "chunk",
         "queue_depth" => "queue depth",
+        "merge_gap_bytes" => "gap",
         "memory_bytes" => "memory",
         "buffer_bytes" => "buffer",
         field => field,

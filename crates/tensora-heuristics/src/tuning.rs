@@ -148,11 +148,12 @@ pub(crate) const PROPOSED_WORLD_MAX: u32 = 64;
 /// attain the device's speed.
 pub(crate) const STREAM_MEMORY_BYTES: u64 = 256 << 20;
 
-/// Window of a stream read by threads or tasks, in bytes. Not measured: two reads of `DEVICE_CHUNK_BYTES`.
+/// Window of a stream read by threads or tasks, in bytes: two reads of `DEVICE_CHUNK_BYTES`. As
+/// fast as the device with 4 and with 8 MiB (q8 cold, benches/runs/2026-11-23-stream-parameters.md).
 pub(crate) const STREAM_WINDOW_BYTES: u64 = 4 << 20;
 
-/// Window of a stream read by rings, in bytes. Not measured: a full queue of `STREAM_RING_CHUNK_BYTES`; a ring is
-/// made for each.
+/// Window of a stream read by rings, in bytes: a full queue of `STREAM_RING_CHUNK_BYTES`; a ring is
+/// made for each. As fast as the device, like 8 MiB (q8 cold, benches/runs/2026-11-23-stream-parameters.md).
 pub(crate) const STREAM_RING_WINDOW_BYTES: u64 = 16 << 20;
 
 /// Window of a stream that ranks share, in bytes; they have to agree on it. Not measured.
@@ -165,17 +166,19 @@ pub(crate) const STREAM_SMALL_WINDOW_BYTES: u64 = 1 << 20;
 /// Shortest window, in bytes. Not measured: one scratch read.
 pub(crate) const STREAM_MIN_WINDOW_BYTES: u64 = 256 << 10;
 
-/// Readers of a stream that are threads or tasks. Not measured for streams: as many as a direct load has workers.
+/// Readers of a stream that are threads or tasks. As fast as the device,
+/// like 8 (q8 cold, benches/runs/2026-11-23-stream-parameters.md).
 pub(crate) const STREAM_READERS: u32 = 16;
 
-/// Readers of a stream that are rings. Not measured: with one, the device idles between windows.
+/// Readers of a stream that are rings: as fast as the device with 2; 4 took 1.09 times as long (q8 cold,
+/// benches/runs/2026-11-23-stream-parameters.md).
 pub(crate) const STREAM_RING_READERS: u32 = 2;
 
-/// Largest read of a stream's ring, in bytes. Not measured for streams: what the device's ceiling was measured
-/// with; no pages are faulted in that a huge page would save.
+/// Largest read of a stream's ring, in bytes: what the device's ceiling was measured with; 2 MiB are
+/// as fast (q8 cold, benches/runs/2026-11-23-stream-parameters.md).
 pub(crate) const STREAM_RING_CHUNK_BYTES: u64 = 1 << 20;
 
-/// Reads in flight on a stream's ring, at most. Not measured for streams: the same.
+/// Reads in flight on a stream's ring, at most: the same.
 pub(crate) const STREAM_RING_DEPTH: u32 = 16;
 
 /// Readers per CPU of a stream that copies from the page cache. Not measured: its buffers' pages are in place, so

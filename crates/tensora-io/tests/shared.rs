@@ -308,7 +308,7 @@ mod processes {
 
     #[test]
     fn whoever_holds_leases_for_too_long_is_told_and_the_others_go_on() {
-        let plan = Plan::new(13, 3).hold(1, 2).everyone().lease_ms(2000);
+        let plan = Plan::new(13, 3).hold(1, 2).everyone().lease_ms(5000);
         let mut group = Group::start(&plan, 0..3);
         group.wait_for(1, "holds");
         group.finish_one(0);
@@ -328,7 +328,7 @@ mod processes {
             "{:?}",
             one.lines()
         );
-        assert!(one.says("the others waited 2.0s"), "{:?}", one.lines());
+        assert!(one.says("the others waited 5.0s"), "{:?}", one.lines());
         group.assert_nothing_left();
     }
 
