@@ -342,8 +342,9 @@ pub(crate) struct SourceArgs {
     /// Only tensors whose names match GLOB; may be repeated [default: all]
     ///
     /// `*` and `?` match any characters, dots and slashes too; `[0-9]` one of a set; `{a,b}` either
-    /// of two. Quote it, or the shell expands it. A pattern that matches nothing is an error.
-    /// Example: --select 'model.layers.{0,1}.*'
+    /// of two. After `re:` stands a regular expression instead, which has to match all of a name. Quote it, or
+    /// the shell expands it. A pattern that matches nothing is an error.
+    /// Examples: --select 'model.layers.{0,1}.*', --select 're:model\.layers\.[0-9]\..*'
     #[arg(long, value_name = "GLOB", help_heading = "Checkpoint")]
     pub(crate) select: Vec<String>,
 }
@@ -366,7 +367,9 @@ pub(crate) struct PartArgs {
     /// RULE is PATTERN=dim:D,rank:R/W for the part of rank R of W along dimension D (0 is the outermost, -1 the innermost), or
     /// PATTERN=dim:D,range:A..B for a range; PATTERN=dim:D takes R and W from --rank and --world. PATTERN is as for
     /// --select. A dimension that does not divide evenly is an error, unless the rule ends with
-    /// ,remainder:last: then the last rank takes what is left over. Only what is needed is read.
+    /// ,remainder:last: then the last rank takes what is left over. ,multiple:N keeps N neighbours together, such as the
+    /// rows of an attention head. PATTERN=whole is for what a preset shall leave alone. Only what is needed
+    /// is read.
     #[arg(long, value_name = "RULE")]
     pub(crate) slice: Vec<SliceRule>,
 
