@@ -52,6 +52,8 @@ fn combinations() -> Vec<Combination> {
             .collect(),
     ));
     all.push(host("tensora-io", vec!["profiles"]));
+    all.push(host("tensora-io", vec!["shared"]));
+    all.push(host("tensora-io", vec!["shared", "sync", "serde"]));
 
     let mut rows: Vec<Vec<&str>> = BACKENDS.iter().map(|backend| vec![*backend]).collect();
     rows.push(Vec::new());
@@ -64,6 +66,8 @@ fn combinations() -> Vec<Combination> {
         ));
     }
     all.push(host("tensora", vec!["sync", "safetensors"]));
+    all.push(host("tensora", vec!["shared"]));
+    all.push(host("tensora", vec!["sync", "shared", "convert"]));
     for package in [
         "tensora-formats",
         "tensora-heuristics",
@@ -73,7 +77,7 @@ fn combinations() -> Vec<Combination> {
     ] {
         all.push(host(package, Vec::new()));
     }
-    for features in [Vec::new(), BACKENDS.to_vec()] {
+    for features in [Vec::new(), BACKENDS.to_vec(), vec!["sync", "shared"]] {
         all.push(Combination {
             package: "tensora-io",
             features,

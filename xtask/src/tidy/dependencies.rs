@@ -400,7 +400,7 @@ mod tests {
 
     fn io_tree(extra: &str) -> Vec<Dependency> {
         parse_tree(&format!(
-            "1bytes v1.12.2\n1libc v0.2.0\n1rustix v1.1.6\n2bitflags v2.13.2\n1thiserror v2.0.21\n\
+            "1bytes v1.12.2\n1futures-core v0.3.31\n1libc v0.2.0\n1rustix v1.1.6\n2bitflags v2.13.2\n1thiserror v2.0.21\n\
              2thiserror-impl v2.0.21 (proc-macro)\n3syn v3.0.10\n1tracing v0.1.44\n{extra}"
         ))
         .unwrap()
