@@ -11,6 +11,7 @@ use crate::Error;
 #[derive(Debug)]
 pub(crate) struct DirectFile {
     pub(crate) file: File,
+    /// A multiple of `memory_align_bytes`.
     pub(crate) offset_align_bytes: u32,
     pub(crate) memory_align_bytes: u32,
 }
@@ -53,8 +54,11 @@ pub(crate) fn open(_path: &Path, _buffered: &File) -> Result<DirectFile, DirectR
     })
 }
 
+#[cfg(not(all(target_os = "linux", not(tensora_portable))))]
+pub(crate) use self::open as open_for_writing;
+
 #[cfg(all(target_os = "linux", not(tensora_portable)))]
-pub(crate) use linux::{open, set_blocking};
+pub(crate) use linux::{open, open_for_writing, set_blocking};
 
 #[cfg(all(target_os = "linux", not(tensora_portable)))]
 mod linux {
@@ -71,13 +75,14 @@ mod linux {
     const LARGEST_ALIGN_BYTES: u32 = 64 << 10;
     /// What a probe tries, when the kernel does not tell: logical block sizes.
     const PROBED_ALIGN_BYTES: [u32; 3] = [512, 4096, LARGEST_ALIGN_BYTES];
-    /// What is assumed of an empty file, where every read ends at once and a trial shows nothing.
+    /// What is assumed of an empty file, where every read ends at once and a trial shows nothing, and of
+    /// one that is written, where a trial would leave something behind.
     const ASSUMED_ALIGN_BYTES: u32 = 4096;
 
     /// Opens the same file once more, for direct I/O.
     pub(crate) fn open(path: &Path, buffered: &File) -> Result<DirectFile, DirectRefusal> {
         let told = told_alignment(buffered).transpose()?;
-        let file = reopen(path, buffered)?;
+        let file = reopen(path, buffered, std::fs::OpenOptions::new().read(true))?;
         let (offset, memory) = match told {
             Some(told) => told,
             None => probe_alignment(&file)?,
@@ -86,6 +91,33 @@ mod linux {
             file,
             // Chunks begin where both are kept, and they are cut by offset.
             offset_align_bytes: offset.max(memory),
+            memory_align_bytes: memory,
+        })
+    }
+
+    /// Opens the same file once more, for direct writes beside buffered ones through `buffered`.
+    ///
+    /// Offsets are aligned to whole pages and blocks at least: what is written through the page cache is written
+    /// back a page or block at a time, and would otherwise overwrite what a direct write has put beside it.
+    pub(crate) fn open_for_writing(
+        path: &Path,
+        buffered: &File,
+    ) -> Result<DirectFile, DirectRefusal> {
+        let told = told_alignment(buffered).transpose()?;
+        let file = reopen(path, buffered, std::fs::OpenOptions::new().write(true))?;
+        let (offset, memory) = told.unwrap_or((ASSUMED_ALIGN_BYTES, ASSUMED_ALIGN_BYTES));
+        let block = file.metadata().map_or(0, |metadata| metadata.blksize());
+        let page = rustix::param::page_size() as u64;
+        // Of network file systems it is the size of a transfer, which can be anything.
+        let unit = |bytes| {
+            u32::try_from(bytes)
+                .ok()
+                .filter(|bytes: &u32| bytes.is_power_of_two() && *bytes <= LARGEST_ALIGN_BYTES)
+        };
+        let units = [unit(block), unit(page), Some(memory)];
+        Ok(DirectFile {
+            file,
+            offset_align_bytes: units.into_iter().flatten().fold(offset, u32::max),
             memory_align_bytes: memory,
         })
     }
@@ -99,11 +131,12 @@ mod linux {
 
     /// Through the descriptor, so that it is the same file whatever has become of its path; where
     /// `/proc` cannot be used, by the path.
-    fn reopen(path: &Path, buffered: &File) -> Result<File, DirectRefusal> {
-        let mut options = std::fs::OpenOptions::new();
-        options
-            .read(true)
-            .custom_flags((OFlags::DIRECT | OFlags::NONBLOCK).bits().cast_signed());
+    fn reopen(
+        path: &Path,
+        buffered: &File,
+        options: &mut std::fs::OpenOptions,
+    ) -> Result<File, DirectRefusal> {
+        options.custom_flags((OFlags::DIRECT | OFlags::NONBLOCK).bits().cast_signed());
         let by_descriptor = format!("/proc/self/fd/{}", buffered.as_raw_fd());
         let opened = options.open(by_descriptor).or_else(|error| {
             if matches!(

@@ -32,6 +32,77 @@ pub enum Error {
         source: io::Error,
     },
 
+    /// Writing a range of a file failed.
+    #[error("write {} at offset {offset} ({length} bytes) failed: {source}{}", .path.display(), remedy(.source))]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// Where in the file the failing write began, in bytes.
+        offset: u64,
+        /// How many bytes were to be written there.
+        length: u64,
+        /// The operating system's answer.
+        source: io::Error,
+    },
+
+    /// Room for a file that is to be written could not be had.
+    #[error("reserve {bytes} bytes for {} failed: {source}{}", .path.display(), remedy(.source))]
+    Reserve {
+        /// The file. It is removed again.
+        path: PathBuf,
+        /// Its length, in bytes.
+        bytes: u64,
+        /// The operating system's answer.
+        source: io::Error,
+    },
+
+    /// A range that was to be written lies outside the file.
+    #[error(
+        "{length} bytes at offset {offset} lie outside {}, which was created with {file_bytes} bytes",
+        .path.display()
+    )]
+    OutsideTarget {
+        /// The file.
+        path: PathBuf,
+        /// Begin of the range, in bytes.
+        offset: u64,
+        /// Length of the range, in bytes.
+        length: u64,
+        /// Length of the file, in bytes.
+        file_bytes: u64,
+    },
+
+    /// A file was finished before all of it was written.
+    #[error(
+        "{} is incomplete: {missing_bytes} of its {file_bytes} bytes were never written, the first at offset {offset}",
+        .path.display()
+    )]
+    IncompleteTarget {
+        /// The file.
+        path: PathBuf,
+        /// Where the first byte is missing, counted in bytes.
+        offset: u64,
+        /// How many bytes are missing.
+        missing_bytes: u64,
+        /// Length of the file, in bytes.
+        file_bytes: u64,
+    },
+
+    /// A file has another length at its end than it was created with.
+    #[error(
+        "{} was written with {expected_bytes} bytes, but has {actual_bytes}: something else changes it; \
+         keep other programs away from it and write it again",
+        .path.display()
+    )]
+    ChangedTarget {
+        /// The file.
+        path: PathBuf,
+        /// The length it was created with, in bytes.
+        expected_bytes: u64,
+        /// Its length, in bytes.
+        actual_bytes: u64,
+    },
+
     /// A file ended before the range that was asked for did.
     #[error(
         "{} ends at byte {actual_end}, but bytes {offset}..{expected_end} were asked for: \
@@ -59,10 +130,10 @@ pub enum Error {
         found: &'static str,
     },
 
-    /// Direct I/O was required, and this file cannot be read that way.
+    /// Direct I/O was required, and this file cannot be read or written that way.
     #[error(
-        "direct I/O is required, but {} cannot be read with it: {reason}; \
-         use the policy `preferred` to fall back to buffered reads",
+        "direct I/O is required, but {} does not allow it: {reason}; \
+         use the policy `preferred` to fall back to buffered I/O",
         .path.display()
     )]
     DirectUnsupported {
@@ -258,10 +329,32 @@ impl Error {
         match self {
             Self::File { path, .. }
             | Self::Read { path, .. }
+            | Self::Write { path, .. }
+            | Self::Reserve { path, .. }
+            | Self::OutsideTarget { path, .. }
+            | Self::IncompleteTarget { path, .. }
+            | Self::ChangedTarget { path, .. }
             | Self::UnexpectedEof { path, .. }
             | Self::NotARegularFile { path, .. }
             | Self::DirectUnsupported { path, .. }
             | Self::RangeOverflow { path, .. } => Some(path),
+            _ => None,
+        }
+    }
+
+    /// The operating system's answer, where there was one: its kind tells a full disk
+    /// ([`StorageFull`](io::ErrorKind::StorageFull), [`QuotaExceeded`](io::ErrorKind::QuotaExceeded)) from one that
+    /// fails.
+    pub fn io_error(&self) -> Option<&io::Error> {
+        match self {
+            Self::File { source, .. }
+            | Self::Read { source, .. }
+            | Self::Write { source, .. }
+            | Self::Reserve { source, .. }
+            | Self::Memory { source, .. }
+            | Self::Backend { source, .. }
+            | Self::Thread { source }
+            | Self::Group { source, .. } => Some(source),
             _ => None,
         }
     }
@@ -274,6 +367,15 @@ fn remedy(source: &io::Error) -> &'static str {
         io::ErrorKind::PermissionDenied => {
             "; check the permissions of the file and its directories"
         }
+        io::ErrorKind::AlreadyExists => "; remove it, or name another",
+        io::ErrorKind::StorageFull => "; make room on that file system, or name a place on another",
+        io::ErrorKind::QuotaExceeded => {
+            "; make room within the quota, have it raised, or name a place elsewhere"
+        }
+        io::ErrorKind::FileTooLarge => {
+            "; raise the limit on file sizes (ulimit -f), or name a place on a file system for larger files"
+        }
+        io::ErrorKind::ReadOnlyFilesystem => "; name a place that can be written to",
         _ if source.raw_os_error() == Some(EMFILE) => "; raise the limit on open files (ulimit -n)",
         _ => "",
     }

@@ -3,8 +3,8 @@
 //! Four backends ([`BackendKind`]) stand behind one object-safe trait, [`Backend`]: threads, Tokio,
 //! io_uring and memory mapping, each with its own cargo feature. Around them: owned memory with huge
 //! pages ([`Region`]), streams through a bounded set of buffers ([`RangeStream`]), opened files that know
-//! their direct-I/O alignment ([`SourceFile`]), progress and cancellation ([`Control`]), and facts about the
-//! machine ([`Platform`]).
+//! their direct-I/O alignment ([`SourceFile`]), files that are written ([`TargetFile`]), progress and
+//! cancellation ([`Control`]), and facts about the machine ([`Platform`]).
 //!
 //! This crate sees files, byte ranges and destinations, and knows nothing of what the bytes mean.
 #![cfg_attr(doctest, doc = include_str!("../README.md"))]
@@ -54,6 +54,7 @@ mod storage;
 mod stream;
 #[cfg(feature = "sync")]
 mod sync;
+mod target;
 #[cfg(feature = "testing")]
 pub mod testing;
 #[cfg(feature = "async")]
@@ -105,6 +106,7 @@ pub use stream::{
 };
 #[cfg(feature = "sync")]
 pub use sync::SyncBackend;
+pub use target::{TargetFile, WriteStats};
 #[cfg(feature = "async")]
 pub use tokio_backend::AsyncBackend;
 #[cfg(all(feature = "io-uring", target_os = "linux", not(tensora_portable)))]

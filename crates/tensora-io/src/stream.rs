@@ -95,9 +95,10 @@ impl StreamParams {
     }
 }
 
-/// Run by a reader on each filled buffer while nobody else has it: to check it, or to compact it in place. It
-/// is given the position of the window in the stream and the window's part of the buffer.
-pub type WindowHook = Arc<dyn Fn(usize, &mut [u8]) + Send + Sync>;
+/// Run by a reader on each filled buffer while nobody else has it: to check it, to compact it in place, or to fill
+/// in what no file holds. It is given the position of the window in the stream and the window's part of the
+/// buffer. Its error comes at the window's turn and ends the stream, as that of a read does.
+pub type WindowHook = Arc<dyn Fn(usize, &mut [u8]) -> Result<()> + Send + Sync>;
 
 /// A window that was read: a lease of its buffer.
 #[derive(Clone)]
@@ -185,7 +186,7 @@ pub struct StreamStats {
 ///
 /// # Errors
 ///
-/// A window that cannot be read gives its error at its turn, after the windows before it; then the stream is at its
+/// A window that cannot be read, or whose hook fails, gives its error at its turn, after the windows before it; then the stream is at its
 /// end. [`Error::Cancelled`] comes at once, and is the end too. [`Error::LeasesHeld`] is the only one after
 /// which it goes on: every buffer was leased out for [`lease_timeout`](StreamParams::lease_timeout), and the same window
 /// can be asked for again.
@@ -489,7 +490,7 @@ impl Job {
             false => self.backend.read(requests, &self.transfer, &self.control)?,
         };
         if let Some(hook) = &self.hook {
-            hook(number, memory);
+            hook(number, memory)?;
         }
         Ok(stats)
     }

@@ -212,6 +212,7 @@ fn play(scenario: &Scenario, samples: &[Sample], backend: &Arc<dyn tensora_io::B
             for byte in bytes {
                 *byte ^= mask(&scenario, number);
             }
+            Ok(())
         })
     };
     let mut stream = if scenario.hook {
@@ -343,7 +344,10 @@ fn windows_are_handed_out_in_order_whichever_is_read_first() {
     let filled = Count::default();
     let hook: WindowHook = {
         let filled = filled.clone();
-        Arc::new(move |_, _| filled.add())
+        Arc::new(move |_, _| {
+            filled.add();
+            Ok(())
+        })
     };
     // The first comes after the next three have been read.
     let backend = scripted(move |offset, _| {
@@ -442,7 +446,10 @@ fn streams_of_nothing_are_streams_too() {
         let hooked = Count::default();
         let hook: WindowHook = {
             let hooked = hooked.clone();
-            Arc::new(move |_, _| hooked.add())
+            Arc::new(move |_, _| {
+                hooked.add();
+                Ok(())
+            })
         };
         let stream = RangeStream::with_hook(
             files(),
@@ -670,6 +677,7 @@ fn a_panic_reaches_the_consumer_at_its_turn() {
     for (polls, in_hook) in [(false, true), (true, true), (false, false), (true, false)] {
         let hook: WindowHook = Arc::new(move |number, _| {
             assert!(!(in_hook && number == 2), "as meant in window {number}");
+            Ok(())
         });
         let backend = scripted(move |offset, _| {
             assert!(in_hook || offset != 8 * KIB, "as meant in window 2");
@@ -695,6 +703,57 @@ fn a_panic_reaches_the_consumer_at_its_turn() {
         }
         let panic = catch_unwind(AssertUnwindSafe(&mut next)).unwrap_err();
         assert_eq!(message(panic.as_ref()), "as meant in window 2");
+        assert!(next().is_none());
+    }
+}
+
+#[test]
+fn an_error_of_the_hook_comes_at_its_turn_and_ends_the_stream() {
+    let directory = directory();
+    let samples = [sample(&directory, "data", 40 * KIB)];
+    let windows = row(0, 4 * KIB, 10);
+    for polls in [false, true] {
+        let hooked = Count::default();
+        let hook: WindowHook = {
+            let hooked = hooked.clone();
+            Arc::new(move |number, _| {
+                hooked.add();
+                match number {
+                    // After the window behind it, so that the order is not by chance.
+                    2 => hooked.wait_for(4),
+                    3 => {}
+                    _ => return Ok(()),
+                }
+                Err(Error::InvalidWindow {
+                    window: number,
+                    reason: "as meant".to_owned(),
+                })
+            })
+        };
+        let mut stream = RangeStream::with_hook(
+            vec![Arc::clone(&samples[0].file)],
+            windows.clone(),
+            sync(),
+            params(4, 4 * KIB, 3),
+            Control::new(),
+            hook,
+        )
+        .unwrap();
+        let mut next = || {
+            if polls {
+                poll_to_end(&mut stream)
+            } else {
+                stream.next()
+            }
+        };
+        for window in &windows[..2] {
+            verify(&next().unwrap().unwrap(), window, &samples, 0);
+        }
+        let error = next().unwrap().unwrap_err();
+        assert!(
+            matches!(error, Error::InvalidWindow { window: 2, .. }),
+            "{error:?}"
+        );
         assert!(next().is_none());
     }
 }

@@ -47,7 +47,7 @@ fn stream(sample: &Sample, control: Control, hook: WindowHook) -> RangeStream {
 }
 
 fn end_in_every_way(sample: &Sample) {
-    let nothing: WindowHook = Arc::new(|_, _| {});
+    let nothing: WindowHook = Arc::new(|_, _| Ok(()));
     let plain = || stream(sample, Control::new(), Arc::clone(&nothing));
     assert_eq!(plain().filter(Result::is_ok).count(), WINDOWS);
     drop(plain());
@@ -76,7 +76,10 @@ fn end_in_every_way(sample: &Sample) {
     assert!(matches!(cancelled.next(), Some(Err(Error::Cancelled))));
     drop(cancelled);
 
-    let hook: WindowHook = Arc::new(|number, _| assert_ne!(number, 5));
+    let hook: WindowHook = Arc::new(|number, _| {
+        assert_ne!(number, 5);
+        Ok(())
+    });
     let panicked = stream(sample, Control::new(), hook);
     assert!(catch_unwind(AssertUnwindSafe(|| panicked.count())).is_err());
 }
@@ -109,7 +112,7 @@ fn nothing_is_left_behind() {
     );
 
     // Leases hold their own buffers and no others, and free them one by one.
-    let mut held_on = stream(&sample, Control::new(), Arc::new(|_, _| {}));
+    let mut held_on = stream(&sample, Control::new(), Arc::new(|_, _| Ok(())));
     let mut held: Vec<_> = held_on.by_ref().take(4).collect();
     drop(held_on);
     let takes = |buffers: usize| {
@@ -123,7 +126,7 @@ fn nothing_is_left_behind() {
     }
 
     // At its end, a stream keeps no buffers for what might have come.
-    let mut finished = stream(&sample, Control::new(), Arc::new(|_, _| {}));
+    let mut finished = stream(&sample, Control::new(), Arc::new(|_, _| Ok(())));
     assert_eq!(finished.by_ref().filter(Result::is_ok).count(), WINDOWS);
     assert!(
         takes(0),

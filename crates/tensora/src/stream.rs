@@ -444,6 +444,7 @@ impl TensorStream {
             let (cut, deliveries) = (Arc::clone(&cut), Arc::clone(&deliveries));
             Arc::new(move |number: usize, buffer: &mut [u8]| {
                 move_together(&cut, &deliveries[number], number, buffer);
+                Ok(())
             })
         };
         let backend = Arc::from(tensora_io::backend(cut.plan.backend)?);
