@@ -2,8 +2,8 @@ use std::fmt;
 use std::io;
 use std::path::PathBuf;
 
-use crate::quote::{FirstOf, Plain, Quoted, Ranks, Shape, Shown};
-use crate::{Dtype, Format};
+use crate::quote::{FirstOf, Plain, Quoted, Ranks, Shape, Short, Shown};
+use crate::{Dtype, Format, ShortPartition};
 
 /// A `Result` whose error is this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -99,6 +99,15 @@ pub enum Error {
         path: PathBuf,
         /// The files whose names end as those of another format, sorted.
         files: Vec<String>,
+    },
+    /// A conversion was interrupted while it put its files into a directory.
+    #[error(
+        "{}: a conversion was interrupted while it put its files in place, so that they may belong to two checkpoints; finish it with `tensora convert … --resume`, or convert again with --restart",
+        Shown(path)
+    )]
+    Unfinished {
+        /// The directory, which holds a file called [`UNFINISHED_NAME`](crate::UNFINISHED_NAME).
+        path: PathBuf,
     },
     /// A directory holds several SafeTensors indexes and none has the default name.
     #[error(
@@ -726,17 +735,17 @@ pub enum Error {
         /// The global offset at which that partition ends.
         partition_end: u64,
     },
-    /// A partition ends before the tensors that the index puts into it.
-    #[error("{}: {partition_bytes} bytes long, but the index needs {needed_bytes}; {} missing, {} damaged: {}; copy the partition, and any that should follow it, again, or write the checkpoint anew", Shown(path), Count(needed_bytes.saturating_sub(*partition_bytes), "byte"), Count(damaged.len() as u64, "tensor"), FirstOf(damaged))]
-    PartitionTooShort {
-        /// The partition file.
+    /// Partitions end before the tensors that the index puts into them.
+    #[error(
+        "{}: {}; copy these partitions, and any that should follow them, again, or write the checkpoint anew, or ask to leave the damaged tensors out",
+        Shown(path),
+        Short(partitions)
+    )]
+    PartitionsTooShort {
+        /// The index file, beside which the partitions are.
         path: PathBuf,
-        /// Its length in bytes.
-        partition_bytes: u64,
-        /// The length in bytes that the index needs.
-        needed_bytes: u64,
-        /// The tensors that are not all there, sorted by name.
-        damaged: Vec<String>,
+        /// All such partitions, in the order of their numbers; at least one.
+        partitions: Vec<ShortPartition>,
     },
     /// A partition of the store dialect has a run of bytes that no record covers and that is too long
     /// to be padding.
@@ -822,6 +831,37 @@ pub enum Error {
         dtype: Dtype,
         /// Its shape.
         shape: Vec<u64>,
+    },
+    /// A record to be written has no tensor, so that no index could say what it is.
+    #[error("record {record} of {} cannot be written: no tensor lies in it", Count(*bytes, "byte"))]
+    EmptyRecord {
+        /// The record's position in the slice to be laid out.
+        record: usize,
+        /// Its size in bytes.
+        bytes: u64,
+    },
+    /// The strides of a tensor to be written are not one number per dimension.
+    #[error(
+        "tensor {tensor} cannot be written: {dimensions} dimensions but {strides} strides", tensor = Quoted(tensor))]
+    RecordStrides {
+        /// The tensor.
+        tensor: String,
+        /// The length of its shape.
+        dimensions: usize,
+        /// The length of its strides.
+        strides: usize,
+    },
+    /// A tensor to be written does not fill its record, or, if it is strided, reaches past its end.
+    #[error(
+        "tensor {tensor} cannot be written: it takes {}, but its record has {record_bytes}; a row-major tensor fills its record, and a strided one lies inside it",
+        Count(*needed_bytes, "byte"), tensor = Quoted(tensor))]
+    RecordSize {
+        /// The tensor.
+        tensor: String,
+        /// The bytes from the record's start to the end of the tensor's last element (saturating).
+        needed_bytes: u64,
+        /// The size of the record in bytes.
+        record_bytes: u64,
     },
     /// The format to be written has no such dtype.
     #[error(

@@ -5,7 +5,7 @@ use std::fs::{self, File, FileType, OpenOptions};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
-use crate::{Error, Result};
+use crate::{Error, Result, UNFINISHED_NAME, UnfinishedCheckpoint};
 
 /// How much of a file is enough to recognise it.
 const SNIFFED_BYTES: u64 = 512;
@@ -208,6 +208,31 @@ pub(crate) fn is_visible_with_suffix(name: &OsStr, suffix: &str) -> bool {
 /// Whether `path` leads to a directory.
 pub(crate) fn is_directory(path: &Path) -> bool {
     fs::metadata(path).is_ok_and(|metadata| metadata.is_dir())
+}
+
+/// Refuses a directory in which a conversion was interrupted while it put its files in place, unless it is
+/// to be opened all the same.
+pub(crate) fn refuse_unfinished(directory: &Path, unfinished: UnfinishedCheckpoint) -> Result<()> {
+    if unfinished == UnfinishedCheckpoint::Open {
+        return Ok(());
+    }
+    let marker = directory.join(UNFINISHED_NAME);
+    // Whatever it is: a link to nothing is a marker too. A directory that cannot be looked into is none
+    // that can be trusted to hold no marker.
+    match fs::symlink_metadata(&marker) {
+        Ok(_) => Err(Error::Unfinished {
+            path: directory.to_owned(),
+        }),
+        Err(error)
+            if matches!(
+                error.kind(),
+                io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
+            ) =>
+        {
+            Ok(())
+        }
+        Err(error) => Err(io_error(&marker, "access")(error)),
+    }
 }
 
 /// Whether anything is at `path`, be it a symbolic link to nothing.

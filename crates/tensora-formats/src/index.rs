@@ -39,6 +39,18 @@ pub struct CheckpointIndex {
     pub(crate) tensors: Vec<TensorEntry>,
     pub(crate) metadata: BTreeMap<String, String>,
     pub(crate) notes: Vec<Note>,
+    pub(crate) ranks: Vec<RankDirectory>,
+}
+
+/// One directory of a set of ranks.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct RankDirectory {
+    /// The directory's name relative to the checkpoint's root: `rank_0`. The names of its tensors and
+    /// files begin with it and a slash.
+    pub name: String,
+    /// The positions of its files in [`CheckpointIndex::files`].
+    pub files: Range<usize>,
 }
 
 /// A file that holds tensor data.
@@ -127,6 +139,12 @@ impl CheckpointIndex {
     /// The files that hold tensor data, shards by name and partitions by number.
     pub fn files(&self) -> &[FileEntry] {
         &self.files
+    }
+
+    /// The directories of a set of ranks in the order of their numbers; empty unless several were
+    /// opened side by side.
+    pub fn ranks(&self) -> &[RankDirectory] {
+        &self.ranks
     }
 
     /// The tensors, sorted bytewise by name.

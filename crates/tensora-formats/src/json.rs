@@ -11,34 +11,32 @@ use serde_json::value::RawValue;
 
 use crate::{DuplicateNames, Error, Result};
 
-/// The entries of an object in the order of the text, repeated keys included.
-pub(crate) struct Object<'a>(pub(crate) Vec<(Cow<'a, str>, &'a RawValue)>);
-
 /// A string that is a part of the text unless it has escapes.
 #[derive(serde::Deserialize)]
 pub(crate) struct Text<'a>(#[serde(borrow)] pub(crate) Cow<'a, str>);
 
-impl<'de: 'a, 'a> Deserialize<'de> for Object<'a> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct ObjectVisitor<'a>(PhantomData<&'a ()>);
+/// Hands the entries of an object to a function, in the order of the text and repeated keys included, and
+/// keeps none of them. After the function has failed, the rest is parsed and no longer handed over.
+struct Entries<F>(F);
 
-        impl<'de: 'a, 'a> Visitor<'de> for ObjectVisitor<'a> {
-            type Value = Object<'a>;
+impl<'de, F> Visitor<'de> for Entries<F>
+where
+    F: FnMut(Cow<'de, str>, &'de RawValue) -> Result<()>,
+{
+    type Value = Result<()>;
 
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("an object")
-            }
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object")
+    }
 
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-                let mut entries = Vec::new();
-                while let Some((Text(key), value)) = map.next_entry()? {
-                    entries.push((key, value));
-                }
-                Ok(Object(entries))
+    fn visit_map<A: MapAccess<'de>>(mut self, mut map: A) -> Result<Self::Value, A::Error> {
+        let mut outcome = Ok(());
+        while let Some((Text(key), value)) = map.next_entry()? {
+            if outcome.is_ok() {
+                outcome = (self.0)(key, value);
             }
         }
-
-        deserializer.deserialize_map(ObjectVisitor(PhantomData))
+        Ok(outcome)
     }
 }
 
@@ -223,16 +221,21 @@ pub(crate) fn error(path: &Path, text: &str, fragment: &str, error: &serde_json:
     }
 }
 
-/// The entries of the object that `fragment`, a part of `text`, is; `what` names it in the message.
+/// Hands each entry of the object that `fragment`, a part of `text`, is to `visit`, which may refuse it;
+/// `what` names the object in messages. What is wrong with the text comes before what `visit` refuses.
 pub(crate) fn object<'a>(
     path: &Path,
     text: &'a str,
     fragment: &'a str,
     what: &str,
-) -> Result<Vec<(Cow<'a, str>, &'a RawValue)>> {
-    match serde_json::from_str::<Object<'a>>(fragment) {
-        Ok(Object(entries)) => Ok(entries),
-        Err(parse_error) => Err(match serde_json::from_str::<&RawValue>(fragment) {
+    visit: impl FnMut(Cow<'a, str>, &'a RawValue) -> Result<()>,
+) -> Result<()> {
+    let mut deserializer = serde_json::Deserializer::from_str(fragment);
+    let outcome = deserializer
+        .deserialize_map(Entries(visit))
+        .and_then(|outcome| deserializer.end().map(|()| outcome));
+    outcome.unwrap_or_else(|parse_error| {
+        Err(match serde_json::from_str::<&RawValue>(fragment) {
             Ok(value) if kind(value) != "an object" => Error::UnexpectedValue {
                 path: path.to_owned(),
                 key: what.to_owned(),
@@ -240,14 +243,16 @@ pub(crate) fn object<'a>(
                 found: kind(value),
             },
             _ => error(path, text, fragment, &parse_error),
-        }),
-    }
+        })
+    })
 }
 
 /// The string that `value`, a part of `text`, is, with its escapes resolved.
-pub(crate) fn string(path: &Path, text: &str, value: &RawValue) -> Result<String> {
-    serde_json::from_str(value.get())
-        .map_err(|parse_error| error(path, text, value.get(), &parse_error))
+pub(crate) fn string<'a>(path: &Path, text: &str, value: &'a RawValue) -> Result<Cow<'a, str>> {
+    match serde_json::from_str(value.get()) {
+        Ok(Text(string)) => Ok(string),
+        Err(parse_error) => Err(error(path, text, value.get(), &parse_error)),
+    }
 }
 
 /// Sorts entries by tensor name and sees to it that no name is there twice.
@@ -284,8 +289,14 @@ mod tests {
     #[test]
     fn an_error_in_a_fragment_is_placed_in_the_whole_text() {
         let text = "{\n \"a\": 1,\n \"b\": \"\\ud800\"\n}";
-        let entries = object(Path::new("f"), text, text, "it").unwrap();
-        let found = string(Path::new("f"), text, entries[1].1).unwrap_err();
+        let path = Path::new("f");
+        let found = object(path, text, text, "it", |key, value| {
+            if key == "b" {
+                string(path, text, value)?;
+            }
+            Ok(())
+        });
+        let found = found.unwrap_err();
         let Error::Json { line, column, .. } = found else {
             panic!("{found}");
         };

@@ -3,7 +3,8 @@
 //!
 //! [`CheckpointIndex::open`] turns a path into files and tensors whose byte ranges are known to lie
 //! inside those files. [`safetensors_layout`], [`store_layout`] and [`partitioned_layout`] are the
-//! other direction: they plan what a writer has to put where.
+//! other direction: they plan what a writer has to put where. [`store_record_layout`] and
+//! [`partitioned_record_layout`] do so for strided tensors and for tensors that share their bytes.
 //!
 //! [`TensorPart`] says which bytes of a file a slice of a tensor is, and [`windows`](windows()) packs parts into
 //! pieces of bounded size that a reader can read one after the other.
@@ -29,13 +30,17 @@ mod windows;
 pub use dtype::{Dtype, UnknownDtypeName};
 pub use error::{Error, Result};
 pub use format::{Format, UnknownFormatName};
-pub use index::{CheckpointIndex, FileEntry, TensorEntry};
+pub use index::{CheckpointIndex, FileEntry, RankDirectory, TensorEntry};
 pub use layout::{
-    CheckpointLayout, PlannedFile, PlannedIndex, PlannedTensor, STORE_PARTITION_BYTES, Sharding,
-    TensorSpec, partitioned_layout, safetensors_layout, store_layout,
+    CheckpointLayout, Partitioning, PlannedFile, PlannedIndex, PlannedTensor, RecordSpec,
+    RecordTensor, STORE_PARTITION_BYTES, Sharding, TensorSpec, partitioned_layout,
+    partitioned_record_layout, safetensors_layout, store_layout, store_record_layout,
 };
-pub use note::Note;
-pub use options::{DuplicateNames, OpenOptions, UnlistedTensors};
+pub use note::{DamagedTensor, Note, ShortPartition};
+pub use options::{
+    DamagedTensors, DuplicateNames, OpenOptions, UnfinishedCheckpoint, UnlistedTensors,
+};
+pub use recognise::UNFINISHED_NAME;
 pub use safetensors::{
     SafetensorsHeader, SafetensorsIndex, parse_safetensors_header, parse_safetensors_index,
     safetensors_header_bytes,

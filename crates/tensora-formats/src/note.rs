@@ -1,4 +1,5 @@
 use std::fmt;
+use std::ops::Range;
 
 use crate::quote::{FirstOf, Quoted};
 
@@ -36,6 +37,11 @@ pub enum Note {
         /// The value dropped.
         dropped: String,
     },
+    /// Shards give different values for still more `__metadata__` keys.
+    MoreMetadataConflicts {
+        /// How many values were dropped, without those that have a note of their own.
+        values: u64,
+    },
     /// Tensors are strided views and must be gathered before they can be used as plain arrays.
     NotContiguous {
         /// The tensors' names, sorted.
@@ -57,6 +63,55 @@ pub enum Note {
         /// How many bytes follow.
         bytes: u64,
     },
+    /// A ServerlessLLM partition is shorter than the index needs; the tensors that are not all there
+    /// were left out on request.
+    Damaged {
+        /// The partition's name.
+        file: String,
+        /// Its length in bytes.
+        file_bytes: u64,
+        /// The length in bytes that the index needs.
+        needed_bytes: u64,
+        /// The tensors that are not all there, sorted by name.
+        tensors: Vec<DamagedTensor>,
+    },
+}
+
+/// A ServerlessLLM partition that is shorter than its index needs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ShortPartition {
+    /// The partition's name.
+    pub file: String,
+    /// Its length in bytes.
+    pub file_bytes: u64,
+    /// The length in bytes that the index needs.
+    pub needed_bytes: u64,
+    /// The tensors that are not all there, sorted by name; at least one.
+    pub tensors: Vec<DamagedTensor>,
+}
+
+/// A tensor whose partition ends before the last of its stored bytes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct DamagedTensor {
+    /// The tensor's name.
+    pub name: String,
+    /// The bytes stored for it, as a range of the partition that reaches past the partition's end.
+    pub range: Range<u64>,
+    /// How many of these bytes are there: those from the start of the range on.
+    pub present_bytes: u64,
+}
+
+impl From<ShortPartition> for Note {
+    fn from(partition: ShortPartition) -> Self {
+        Self::Damaged {
+            file: partition.file,
+            file_bytes: partition.file_bytes,
+            needed_bytes: partition.needed_bytes,
+            tensors: partition.tensors,
+        }
+    }
 }
 
 impl fmt::Display for Note {
@@ -97,6 +152,10 @@ impl fmt::Display for Note {
                 Quoted(dropped),
                 Quoted(file)
             ),
+            Self::MoreMetadataConflicts { values } => write!(
+                f,
+                "__metadata__ differs between shards in more keys: dropped {values} values of later shards"
+            ),
             Self::NotContiguous { tensors } => {
                 write!(
                     f,
@@ -115,6 +174,23 @@ impl fmt::Display for Note {
                 f,
                 "{} goes on for {bytes} bytes after its last tensor, which ends at byte {begin}; they were left alone",
                 Quoted(file)
+            ),
+            Self::Damaged {
+                file,
+                file_bytes,
+                needed_bytes,
+                tensors,
+            } => write!(
+                f,
+                "{} is {file_bytes} bytes long, but the index needs {needed_bytes}; left out, not all there ({}): {}",
+                Quoted(file),
+                tensors.len(),
+                FirstOf(
+                    &tensors
+                        .iter()
+                        .map(|tensor| &tensor.name)
+                        .collect::<Vec<_>>()
+                )
             ),
         }
     }

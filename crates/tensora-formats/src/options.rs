@@ -1,6 +1,5 @@
 use std::path::Path;
 
-use crate::safetensors::Tolerance;
 use crate::{CheckpointIndex, Format, Result, recognise};
 
 /// What to do with tensors that a shard holds and its index does not list.
@@ -23,6 +22,28 @@ pub enum DuplicateNames {
     LastWins,
 }
 
+/// What to do with tensors whose bytes are not all there, because a ServerlessLLM partition is shorter
+/// than its index needs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DamagedTensors {
+    /// Refuse the checkpoint, naming every such partition and tensor.
+    #[default]
+    Reject,
+    /// Open it without them, with a [`Note::Damaged`](crate::Note::Damaged) for each partition.
+    LeaveOut,
+}
+
+/// What to do with a directory that holds [`UNFINISHED_NAME`](crate::UNFINISHED_NAME).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum UnfinishedCheckpoint {
+    /// Refuse it: its files may belong to two checkpoints.
+    #[default]
+    Refuse,
+    /// Open what is there as if the marker were not, for the program that is about to finish it or
+    /// to look into it.
+    Open,
+}
+
 /// How to open a checkpoint where the defaults of [`CheckpointIndex::open`] do not do.
 ///
 /// # Examples
@@ -40,8 +61,16 @@ pub enum DuplicateNames {
 pub struct OpenOptions {
     format: Option<Format>,
     rank: Option<u32>,
-    unlisted_tensors: UnlistedTensors,
-    duplicate_names: DuplicateNames,
+    tolerance: Tolerance,
+}
+
+/// What the options tolerate.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Tolerance {
+    pub(crate) unlisted_tensors: UnlistedTensors,
+    pub(crate) duplicate_names: DuplicateNames,
+    pub(crate) damaged_tensors: DamagedTensors,
+    pub(crate) unfinished: UnfinishedCheckpoint,
 }
 
 impl OpenOptions {
@@ -65,14 +94,28 @@ impl OpenOptions {
 
     /// What to do with tensors that a shard holds and its index does not list.
     pub fn unlisted_tensors(mut self, unlisted_tensors: UnlistedTensors) -> Self {
-        self.unlisted_tensors = unlisted_tensors;
+        self.tolerance.unlisted_tensors = unlisted_tensors;
         self
     }
 
     /// What to do with a tensor name that one header or index gives twice. Names that two files
     /// share are refused in any case.
     pub fn duplicate_names(mut self, duplicate_names: DuplicateNames) -> Self {
-        self.duplicate_names = duplicate_names;
+        self.tolerance.duplicate_names = duplicate_names;
+        self
+    }
+
+    /// What to do with tensors whose bytes are not all there, because a ServerlessLLM partition is
+    /// shorter than its index needs.
+    pub fn damaged_tensors(mut self, damaged_tensors: DamagedTensors) -> Self {
+        self.tolerance.damaged_tensors = damaged_tensors;
+        self
+    }
+
+    /// What to do with a directory in which a conversion was interrupted while it put its files in
+    /// place.
+    pub fn unfinished(mut self, unfinished: UnfinishedCheckpoint) -> Self {
+        self.tolerance.unfinished = unfinished;
         self
     }
 
@@ -83,10 +126,6 @@ impl OpenOptions {
     /// [`Error`](crate::Error) says which rule of the format is broken, in which file, by which
     /// tensor.
     pub fn open(&self, path: impl AsRef<Path>) -> Result<CheckpointIndex> {
-        let tolerance = Tolerance {
-            unlisted_tensors: self.unlisted_tensors,
-            duplicate_names: self.duplicate_names,
-        };
-        recognise::open(path.as_ref(), self.format, self.rank, tolerance)
+        recognise::open(path.as_ref(), self.format, self.rank, self.tolerance)
     }
 }

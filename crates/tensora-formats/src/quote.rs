@@ -5,6 +5,8 @@ use std::borrow::Cow;
 use std::fmt::{self, Write as _};
 use std::path::Path;
 
+use crate::ShortPartition;
+
 /// How many characters of a quotation a message shows.
 const TEXT_CHARS: usize = 200;
 
@@ -119,11 +121,47 @@ fn write_first<T>(
 }
 
 /// The first names of a list, quoted, and how many more there are.
-pub(crate) struct FirstOf<'a>(pub(crate) &'a [String]);
+pub(crate) struct FirstOf<'a, T>(pub(crate) &'a [T]);
 
-impl fmt::Display for FirstOf<'_> {
+impl<T: AsRef<str>> fmt::Display for FirstOf<'_, T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write_first(f, self.0, NAMES, |f, name| write!(f, "{}", Quoted(name)))
+        write_first(f, self.0, NAMES, |f, name| {
+            write!(f, "{}", Quoted(name.as_ref()))
+        })
+    }
+}
+
+/// The first partitions of a list with what they have and need, how many more there are, and the tensors
+/// that this damages.
+pub(crate) struct Short<'a>(pub(crate) &'a [ShortPartition]);
+
+impl fmt::Display for Short<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write_first(f, self.0, NAMES, |f, partition| {
+            let ShortPartition {
+                file,
+                file_bytes,
+                needed_bytes,
+                ..
+            } = partition;
+            let file = Plain(file);
+            write!(
+                f,
+                "{file} is {file_bytes} bytes long, but the index needs {needed_bytes}"
+            )
+        })?;
+        let damaged = || self.0.iter().flat_map(|partition| &partition.tensors);
+        let first: Vec<&str> = damaged()
+            .take(NAMES)
+            .map(|tensor| tensor.name.as_str())
+            .collect();
+        let count = damaged().count();
+        let plural = if count == 1 { "" } else { "s" };
+        write!(f, "; {count} tensor{plural} damaged: {}", FirstOf(&first))?;
+        match count.saturating_sub(NAMES) {
+            0 => Ok(()),
+            more => write!(f, " and {more} more"),
+        }
     }
 }
 

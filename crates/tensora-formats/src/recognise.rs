@@ -4,8 +4,17 @@ use std::ffi::{OsStr, OsString};
 use std::path::{Component, Path};
 
 use crate::file::{self, RegularFile};
-use crate::safetensors::{self, DEFAULT_INDEX, INDEX_SUFFIX, Tolerance, data_files};
+use crate::options::Tolerance;
+use crate::safetensors::{self, DEFAULT_INDEX, INDEX_SUFFIX, data_files};
 use crate::{CheckpointIndex, Error, Format, Result, serverlessllm};
+
+/// The file that a conversion leaves in a directory, and in each rank's, while it puts finished files in
+/// place there.
+///
+/// As long as it is there, the files may belong to two checkpoints, and the directory is not opened, unless
+/// [`UnfinishedCheckpoint::Open`](crate::UnfinishedCheckpoint::Open) asks for it. A SafeTensors file whose
+/// own path is given is whole by itself and is opened.
+pub const UNFINISHED_NAME: &str = ".tensora-unfinished";
 
 /// What the caller asks for.
 #[derive(Clone, Copy)]
@@ -51,8 +60,10 @@ fn open_file(path: &Path, request: Request) -> Result<CheckpointIndex> {
     };
     let name = path.file_name().unwrap_or(path.as_os_str());
     let index = if name == serverlessllm::INDEX_NAME {
-        serverlessllm::open_directory(root, request.tolerance.duplicate_names)?
+        file::refuse_unfinished(root, request.tolerance.unfinished)?;
+        serverlessllm::open_directory(root, request.tolerance)?
     } else if name.as_encoded_bytes().ends_with(INDEX_SUFFIX.as_bytes()) {
+        file::refuse_unfinished(root, request.tolerance.unfinished)?;
         safetensors::open_indexed(root, name, request.tolerance)?
     } else {
         safetensors::open_file(root, path, name, request.tolerance)?
@@ -66,7 +77,8 @@ fn open_directory(
     names: &[OsString],
     request: Request,
 ) -> Result<Option<CheckpointIndex>> {
-    let duplicate_names = request.tolerance.duplicate_names;
+    // Before anything is looked for: of a checkpoint that is being put in place, all may be missing yet.
+    file::refuse_unfinished(path, request.tolerance.unfinished)?;
     let ranks = serverlessllm::ranks(path, names);
     if let Some(rank) = request.rank {
         if !ranks.contains(&rank) {
@@ -76,8 +88,8 @@ fn open_directory(
                 ranks,
             });
         }
-        let directory = path.join(serverlessllm::rank_name(rank));
-        let index = serverlessllm::open_directory(&directory, duplicate_names)?;
+        let index = serverlessllm::open_rank(path, rank, request.tolerance)?;
+        let directory = index.root.clone();
         return require_format(&directory, index, request.format).map(Some);
     }
 
@@ -98,9 +110,9 @@ fn open_directory(
     let index = if !wants_serverlessllm {
         open_safetensors(path, names, request.tolerance)?
     } else if has_serverlessllm_index {
-        serverlessllm::open_directory(path, duplicate_names)?
+        serverlessllm::open_directory(path, request.tolerance)?
     } else {
-        serverlessllm::open_ranks(path, &ranks, duplicate_names)?
+        serverlessllm::open_ranks(path, &ranks, request.tolerance)?
     };
     require_format(path, index, request.format).map(Some)
 }

@@ -11,24 +11,23 @@ use super::{
     safetensors_header_bytes,
 };
 use crate::file::{self, RegularFile};
+use crate::options::Tolerance;
 use crate::{
     CheckpointIndex, DuplicateNames, Error, FileEntry, Format, Note, Result, TensorEntry,
     UnlistedTensors,
 };
-
-/// What of the options concerns SafeTensors.
-#[derive(Clone, Copy)]
-pub(crate) struct Tolerance {
-    pub(crate) unlisted_tensors: UnlistedTensors,
-    pub(crate) duplicate_names: DuplicateNames,
-}
 
 /// A checkpoint of files that have been read one after the other.
 struct Files {
     files: Vec<FileEntry>,
     metadata: BTreeMap<String, String>,
     notes: Vec<Note>,
+    /// How many values of `__metadata__` were dropped without a note of their own.
+    dropped_values: u64,
 }
+
+/// How many keys of `__metadata__` have their conflict told. A header can hold millions.
+const TOLD_CONFLICTS: usize = 16;
 
 impl Files {
     fn new() -> Self {
@@ -36,6 +35,7 @@ impl Files {
             files: Vec::new(),
             metadata: BTreeMap::new(),
             notes: Vec::new(),
+            dropped_values: 0,
         }
     }
 
@@ -66,13 +66,19 @@ impl Files {
         Ok(tensors)
     }
 
-    /// Takes note of the first conflict about a key; a hundred shards need not repeat it.
+    /// Takes note of the first conflict about a key; a hundred shards need not repeat it. Counts those
+    /// about further keys.
     fn note_conflict(&mut self, key: String, dropped: String, file: &str) {
         let known = self
             .notes
             .iter()
             .any(|note| matches!(note, Note::MetadataConflict { key: known, .. } if *known == key));
-        if !known && let Some(kept) = self.metadata.get(&key) {
+        if known {
+            return;
+        }
+        if self.notes.len() >= TOLD_CONFLICTS {
+            self.dropped_values += 1;
+        } else if let Some(kept) = self.metadata.get(&key) {
             self.notes.push(Note::MetadataConflict {
                 kept: kept.clone(),
                 file: file.to_owned(),
@@ -82,7 +88,12 @@ impl Files {
         }
     }
 
-    fn finish(self, root: &Path, mut tensors: Vec<TensorEntry>) -> CheckpointIndex {
+    fn finish(mut self, root: &Path, mut tensors: Vec<TensorEntry>) -> CheckpointIndex {
+        if self.dropped_values > 0 {
+            self.notes.push(Note::MoreMetadataConflicts {
+                values: self.dropped_values,
+            });
+        }
         // Merges runs in linear time, and shards consist of few. Stable, so that of equal names the one
         // in the first file comes first.
         tensors.sort_by(|left, right| left.name.cmp(&right.name));
@@ -93,6 +104,7 @@ impl Files {
             tensors,
             metadata: self.metadata,
             notes: self.notes,
+            ranks: Vec::new(),
         }
     }
 }
@@ -366,6 +378,9 @@ pub(crate) fn data_files(names: &[OsString]) -> impl Iterator<Item = &OsStr> {
         .filter(|name| file::is_visible_with_suffix(name, FILE_SUFFIX))
 }
 
+/// How many missing shards are listed where nothing but a number in a name says that there are more.
+const LISTED_MISSING: usize = 10_000;
+
 /// The shards that the others' numbering (`model-00002-of-00003.safetensors`) says there should be.
 ///
 /// Without an index nothing else tells a partial download from a whole one.
@@ -383,13 +398,16 @@ fn missing_by_number<'a>(names: impl Iterator<Item = &'a str>) -> Vec<String> {
     }
     let mut missing = Vec::new();
     for ((before, digits, total), present) in sets {
-        // A total far above what is there is no reason to list a billion names.
-        let count = total.parse::<u64>().unwrap_or(0).min(100_000);
+        let count = total.parse::<u64>().unwrap_or(0);
         // Most writers count from 1, some from 0.
         let first = u64::from(!present.contains(&0));
-        let absent = (first..first + count).filter(|number| !present.contains(number));
+        let absent =
+            (first..first.saturating_add(count)).filter(|number| !present.contains(number));
+        // A total far above what is there is no reason to list a billion names.
         missing.extend(
-            absent.map(|number| format!("{before}-{number:0digits$}-of-{total}{FILE_SUFFIX}")),
+            absent
+                .map(|number| format!("{before}-{number:0digits$}-of-{total}{FILE_SUFFIX}"))
+                .take(LISTED_MISSING - missing.len()),
         );
     }
     missing

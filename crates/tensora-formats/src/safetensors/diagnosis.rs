@@ -7,7 +7,7 @@ use serde_json::value::RawValue;
 
 use super::METADATA_KEY;
 use super::header::RawTensor;
-use crate::json::{self, Array, Object, Place};
+use crate::json::{self, Array, Place};
 use crate::{Dtype, Error, Result};
 
 const FIELDS: [&str; 3] = ["dtype", "shape", "data_offsets"];
@@ -23,40 +23,39 @@ pub(super) fn diagnose(path: &Path, text: &str, refusal: &serde_json::Error) -> 
 
 fn examine(path: &Path, text: &str) -> Result<()> {
     let mut metadata_seen = false;
-    for (name, value) in json::object(path, text, text, "the header")? {
+    json::object(path, text, text, "the header", |name, value| {
         if name != METADATA_KEY {
-            examine_tensor(path, &name, value)?;
-        } else if metadata_seen {
+            return examine_tensor(path, text, &name, value);
+        }
+        if metadata_seen {
             return Err(Error::DuplicateKey {
                 path: path.to_owned(),
                 key: name.into_owned(),
             });
-        } else {
-            metadata_seen = true;
-            examine_metadata(path, text, value)?;
         }
-    }
-    Ok(())
+        metadata_seen = true;
+        examine_metadata(path, text, value)
+    })
 }
 
 fn examine_metadata(path: &Path, text: &str, metadata: &RawValue) -> Result<()> {
     if json::kind(metadata) == "null" {
         return Ok(());
     }
-    for (key, value) in json::object(path, text, metadata.get(), METADATA_KEY)? {
-        if json::kind(value) != "a string" {
-            return Err(Error::UnexpectedValue {
-                path: path.to_owned(),
-                key: format!("{METADATA_KEY}.{}", key.escape_debug()),
-                expected: "a string",
-                found: json::kind(value),
-            });
+    json::object(path, text, metadata.get(), METADATA_KEY, |key, value| {
+        if json::kind(value) == "a string" {
+            return Ok(());
         }
-    }
-    Ok(())
+        Err(Error::UnexpectedValue {
+            path: path.to_owned(),
+            key: format!("{METADATA_KEY}.{}", key.escape_debug()),
+            expected: "a string",
+            found: json::kind(value),
+        })
+    })
 }
 
-fn examine_tensor(path: &Path, tensor: &str, value: &RawValue) -> Result<()> {
+fn examine_tensor(path: &Path, text: &str, tensor: &str, value: &RawValue) -> Result<()> {
     if serde_json::from_str::<RawTensor>(value.get()).is_ok() {
         return Ok(());
     }
@@ -65,24 +64,24 @@ fn examine_tensor(path: &Path, tensor: &str, value: &RawValue) -> Result<()> {
         tensor,
         field: "its entry",
     };
-    let Ok(Object(fields)) = serde_json::from_str::<Object<'_>>(value.get()) else {
+    if json::kind(value) != "an object" {
         // An array of the three values would have been accepted; whatever is wrong with this one,
         // it should not be an array.
         return Err(entry.wrong_type("an object", value));
-    };
+    }
     let mut values = [None; FIELDS.len()];
-    for (name, value) in fields {
-        let Some(position) = FIELDS.iter().position(|field| *field == name) else {
-            continue;
-        };
-        if values[position].replace(value).is_some() {
+    json::object(path, text, value.get(), tensor, |name, value| {
+        if let Some(position) = FIELDS.iter().position(|field| *field == name)
+            && values[position].replace(value).is_some()
+        {
             return Err(Error::DuplicateField {
                 path: path.to_owned(),
                 tensor: tensor.to_owned(),
                 field: FIELDS[position],
             });
         }
-    }
+        Ok(())
+    })?;
     for (field, value) in FIELDS.into_iter().zip(values) {
         let Some(value) = value else {
             return Err(Error::MissingField {

@@ -2,7 +2,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
 use std::path::Path;
 
-use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, Visitor};
+use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
 
 use super::{HEADER_LIMIT_BYTES, LENGTH_BYTES, METADATA_KEY, diagnosis};
 use crate::{Dtype, DuplicateNames, Error, Result, TensorEntry, json};
@@ -136,13 +136,8 @@ type Entries = (Vec<(String, RawTensor)>, Option<BTreeMap<String, String>>);
 
 /// The entries of a header in the order of the text, repeated names included.
 fn parse_entries(path: &Path, text: &str) -> Result<Entries> {
-    // What this takes, the other takes too, in several times the time. What it does not take proves
-    // nothing.
-    if let Ok(plain) = serde_json::from_str::<PlainHeader>(text) {
-        return Ok((plain.tensors, plain.metadata));
-    }
     match serde_json::from_str::<RawHeader>(text) {
-        Ok(raw) => Ok((raw.tensors.0, raw.metadata)),
+        Ok(raw) => Ok((raw.tensors, raw.metadata)),
         Err(refusal) => Err(diagnosis::diagnose(path, text, &refusal)),
     }
 }
@@ -268,49 +263,23 @@ pub(crate) fn data_bytes(path: &Path, tensor: &str, dtype: Dtype, shape: &[u64])
     Ok(bits / 8)
 }
 
-// These types have the derived shapes of the reference's own, because derived deserialisers accept
-// more than the format's text says (an array for a struct, `{"F32": null}` for a unit variant), and
-// `flatten` goes through a buffer with rules of its own. The one difference is that repeated names
-// are kept, so that they can be refused.
+// The reference derives its deserialisers, and derived ones accept more than the format's text says: an
+// array for a struct, `{"F32": null}` for the name of a dtype, fields that nobody knows. It also flattens
+// the tensors into the header, so that every value goes through a buffer with rules of its own and twenty
+// times the size of the text. These deserialisers accept the same values, without a buffer, and keep
+// repeated names, so that they can be refused.
 
-#[derive(serde::Deserialize)]
 struct RawHeader {
-    #[serde(rename = "__metadata__")]
-    metadata: Option<BTreeMap<String, String>>,
-    #[serde(flatten)]
-    tensors: RawTensors,
-}
-
-#[derive(serde::Deserialize)]
-pub(super) struct RawTensor {
-    dtype: Dtype,
-    shape: Vec<u64>,
-    data_offsets: (u64, u64),
-}
-
-/// A header as writers write it: nothing but the fields of the format.
-///
-/// Without `flatten` there is no buffer between text and value, which makes parsing several times faster.
-/// What the two ways treat differently are fields that the format does not know; here they are refused.
-struct PlainHeader {
     metadata: Option<BTreeMap<String, String>>,
     tensors: Vec<(String, RawTensor)>,
 }
 
-#[derive(serde::Deserialize)]
-#[serde(deny_unknown_fields)]
-struct PlainTensor {
-    dtype: Dtype,
-    shape: Vec<u64>,
-    data_offsets: (u64, u64),
-}
-
-impl<'de> Deserialize<'de> for PlainHeader {
+impl<'de> Deserialize<'de> for RawHeader {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct PlainHeaderVisitor;
+        struct RawHeaderVisitor;
 
-        impl<'de> Visitor<'de> for PlainHeaderVisitor {
-            type Value = PlainHeader;
+        impl<'de> Visitor<'de> for RawHeaderVisitor {
+            type Value = RawHeader;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("a header")
@@ -321,54 +290,163 @@ impl<'de> Deserialize<'de> for PlainHeader {
                 let mut tensors = Vec::new();
                 while let Some(name) = map.next_key::<String>()? {
                     if name != METADATA_KEY {
-                        let PlainTensor {
-                            dtype,
-                            shape,
-                            data_offsets,
-                        } = map.next_value()?;
-                        let raw = RawTensor {
-                            dtype,
-                            shape,
-                            data_offsets,
-                        };
-                        tensors.push((name, raw));
+                        tensors.push((name, map.next_value()?));
                     } else if metadata.replace(map.next_value()?).is_some() {
                         return Err(A::Error::duplicate_field(METADATA_KEY));
                     }
                 }
-                Ok(PlainHeader {
+                Ok(RawHeader {
                     metadata: metadata.flatten(),
                     tensors,
                 })
             }
         }
 
-        deserializer.deserialize_map(PlainHeaderVisitor)
+        deserializer.deserialize_map(RawHeaderVisitor)
     }
 }
 
-struct RawTensors(Vec<(String, RawTensor)>);
+pub(super) struct RawTensor {
+    dtype: Dtype,
+    shape: Vec<u64>,
+    data_offsets: (u64, u64),
+}
 
-impl<'de> Deserialize<'de> for RawTensors {
+/// A field of a tensor's entry.
+enum Field {
+    Dtype,
+    Shape,
+    DataOffsets,
+    Unknown,
+}
+
+impl<'de> Deserialize<'de> for RawTensor {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct RawTensorsVisitor;
+        struct RawTensorVisitor;
 
-        impl<'de> Visitor<'de> for RawTensorsVisitor {
-            type Value = RawTensors;
+        impl<'de> Visitor<'de> for RawTensorVisitor {
+            type Value = RawTensor;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("tensor entries")
+                f.write_str("a tensor's entry")
             }
 
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-                let mut entries = Vec::new();
-                while let Some(entry) = map.next_entry()? {
-                    entries.push(entry);
+                let mut dtype = None;
+                let mut shape = None;
+                let mut data_offsets = None;
+                while let Some(field) = map.next_key()? {
+                    let repeated = match field {
+                        Field::Dtype => dtype.replace(map.next_value()?).map(|_| "dtype"),
+                        Field::Shape => shape.replace(map.next_value()?).map(|_: Vec<u64>| "shape"),
+                        Field::DataOffsets => data_offsets
+                            .replace(map.next_value()?)
+                            .map(|_| "data_offsets"),
+                        Field::Unknown => map.next_value().map(|Unknown| None)?,
+                    };
+                    if let Some(repeated) = repeated {
+                        return Err(A::Error::duplicate_field(repeated));
+                    }
                 }
-                Ok(RawTensors(entries))
+                let missing = A::Error::missing_field;
+                Ok(RawTensor {
+                    dtype: dtype.ok_or_else(|| missing("dtype"))?,
+                    shape: shape.ok_or_else(|| missing("shape"))?,
+                    data_offsets: data_offsets.ok_or_else(|| missing("data_offsets"))?,
+                })
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Self::Value, A::Error> {
+                let too_short = |length| A::Error::invalid_length(length, &"3 fields");
+                Ok(RawTensor {
+                    dtype: seq.next_element()?.ok_or_else(|| too_short(0))?,
+                    shape: seq.next_element()?.ok_or_else(|| too_short(1))?,
+                    data_offsets: seq.next_element()?.ok_or_else(|| too_short(2))?,
+                })
             }
         }
 
-        deserializer.deserialize_map(RawTensorsVisitor)
+        deserializer.deserialize_any(RawTensorVisitor)
+    }
+}
+
+impl<'de> Deserialize<'de> for Field {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct FieldVisitor;
+
+        impl Visitor<'_> for FieldVisitor {
+            type Value = Field;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a field's name")
+            }
+
+            fn visit_str<E: serde::de::Error>(self, name: &str) -> Result<Self::Value, E> {
+                Ok(match name {
+                    "dtype" => Field::Dtype,
+                    "shape" => Field::Shape,
+                    "data_offsets" => Field::DataOffsets,
+                    _ => Field::Unknown,
+                })
+            }
+        }
+
+        deserializer.deserialize_identifier(FieldVisitor)
+    }
+}
+
+/// The value of a field that the format does not know.
+///
+/// Not [`IgnoredAny`](serde::de::IgnoredAny), which lets pass what the reference refuses there: numbers
+/// that are too large, broken escapes, nesting without end.
+struct Unknown;
+
+impl<'de> Deserialize<'de> for Unknown {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct UnknownVisitor;
+
+        impl<'de> Visitor<'de> for UnknownVisitor {
+            type Value = Unknown;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("any value")
+            }
+
+            fn visit_bool<E>(self, _: bool) -> Result<Self::Value, E> {
+                Ok(Unknown)
+            }
+
+            fn visit_i64<E>(self, _: i64) -> Result<Self::Value, E> {
+                Ok(Unknown)
+            }
+
+            fn visit_u64<E>(self, _: u64) -> Result<Self::Value, E> {
+                Ok(Unknown)
+            }
+
+            fn visit_f64<E>(self, _: f64) -> Result<Self::Value, E> {
+                Ok(Unknown)
+            }
+
+            fn visit_str<E>(self, _: &str) -> Result<Self::Value, E> {
+                Ok(Unknown)
+            }
+
+            fn visit_unit<E>(self) -> Result<Self::Value, E> {
+                Ok(Unknown)
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Self::Value, A::Error> {
+                while let Some(Unknown) = seq.next_element()? {}
+                Ok(Unknown)
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+                while let Some((Unknown, Unknown)) = map.next_entry()? {}
+                Ok(Unknown)
+            }
+        }
+
+        deserializer.deserialize_any(UnknownVisitor)
     }
 }

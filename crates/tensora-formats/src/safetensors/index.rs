@@ -1,5 +1,4 @@
 use std::borrow::Cow;
-use std::collections::HashMap;
 use std::path::Path;
 
 use serde_json::value::RawValue;
@@ -58,19 +57,20 @@ pub(super) fn parse<'a>(
     let text = json::text(path, "index", index)?;
     let mut weight_map = None;
     let mut metadata = None;
-    for (key, value) in json::object(path, text, text, "the index")? {
+    json::object(path, text, text, "the index", |key, value| {
         let known = match key.as_ref() {
             "weight_map" => &mut weight_map,
             "metadata" => &mut metadata,
-            _ => continue,
+            _ => return Ok(()),
         };
-        if known.replace(value).is_some() {
-            return Err(Error::DuplicateKey {
-                path: path.to_owned(),
-                key: key.into_owned(),
-            });
+        if known.replace(value).is_none() {
+            return Ok(());
         }
-    }
+        Err(Error::DuplicateKey {
+            path: path.to_owned(),
+            key: key.into_owned(),
+        })
+    })?;
     let Some(weight_map) = weight_map else {
         return Err(Error::MissingKey {
             path: path.to_owned(),
@@ -97,67 +97,56 @@ fn parse_weight_map<'a>(
     weight_map: &'a RawValue,
     duplicate_names: DuplicateNames,
 ) -> Result<WeightMap<'a>> {
-    let entries = json::object(path, text, weight_map.get(), "weight_map")?;
-    // A checkpoint has few files and many tensors: each file name is kept and checked once.
-    let mut numbers: HashMap<String, usize> = HashMap::new();
-    let mut tensors = Vec::with_capacity(entries.len());
-    // Neighbours are mostly in the same file, and then their text is the same.
-    let mut previous: Option<(&str, usize)> = None;
-    for (tensor, value) in entries {
-        if let Some((text, number)) = previous
-            && text == value.get()
-        {
-            tensors.push((tensor, number));
+    let mut entries: Vec<(Cow<'a, str>, Cow<'a, str>)> = Vec::new();
+    json::object(
+        path,
+        text,
+        weight_map.get(),
+        "weight_map",
+        |tensor, value| {
+            if json::kind(value) != "a string" {
+                return Err(Error::UnexpectedValue {
+                    path: path.to_owned(),
+                    key: format!("weight_map.{}", tensor.escape_debug()),
+                    expected: "a file's name",
+                    found: json::kind(value),
+                });
+            }
+            entries.push((tensor, json::string(path, text, value)?));
+            Ok(())
+        },
+    )?;
+    json::sort_unique(path, &mut entries, duplicate_names)?;
+
+    // A checkpoint has few files and many tensors, and neighbours are mostly in the same file.
+    let mut files: Vec<&str> = Vec::new();
+    for (tensor, file) in &entries {
+        if files.last() == Some(&file.as_ref()) {
             continue;
         }
-        if json::kind(value) != "a string" {
-            return Err(Error::UnexpectedValue {
+        if let Some(reason) = unsafe_reason(file) {
+            return Err(Error::UnsafeFileName {
                 path: path.to_owned(),
-                key: format!("weight_map.{}", tensor.escape_debug()),
-                expected: "a file's name",
-                found: json::kind(value),
+                tensor: tensor.to_string(),
+                name: file.to_string(),
+                reason,
             });
         }
-        let name = json::string(path, text, value)?;
-        let next = numbers.len();
-        let number = match numbers.get(&name) {
-            Some(&number) => number,
-            None => {
-                if let Some(reason) = unsafe_reason(&name) {
-                    return Err(Error::UnsafeFileName {
-                        path: path.to_owned(),
-                        tensor: tensor.into_owned(),
-                        name,
-                        reason,
-                    });
-                }
-                numbers.insert(name, next);
-                next
-            }
-        };
-        previous = Some((value.get(), number));
-        tensors.push((tensor, number));
+        files.push(file);
     }
-    json::sort_unique(path, &mut tensors, duplicate_names)?;
-
-    // From the order in which the names were met to the sorted order, without those whose every
-    // tensor lost to a later entry.
-    let mut positions = vec![None; numbers.len()];
-    for &(_, number) in &tensors {
-        positions[number] = Some(0);
-    }
-    let mut files: Vec<(String, usize)> = numbers
-        .into_iter()
-        .filter(|&(_, number)| positions[number].is_some())
-        .collect();
     files.sort_unstable();
-    for (position, &(_, number)) in files.iter().enumerate() {
-        positions[number] = Some(position);
+    files.dedup();
+    let files: Vec<String> = files.into_iter().map(str::to_owned).collect();
+
+    let mut previous = 0;
+    let mut tensors = Vec::with_capacity(entries.len());
+    for (tensor, file) in entries {
+        if files.get(previous).is_none_or(|name| *name != file) {
+            previous = files.partition_point(|name| name.as_str() < file.as_ref());
+        }
+        tensors.push((tensor, previous));
     }
-    for (_, number) in &mut tensors {
-        *number = positions[*number].unwrap_or_default();
-    }
-    Ok((files.into_iter().map(|(name, _)| name).collect(), tensors))
+    Ok((files, tensors))
 }
 
 /// What is wrong with a file name that somebody else wrote; `None` if it stays below its directory.
@@ -183,16 +172,17 @@ fn total_bytes(path: &Path, text: &str, metadata: &RawValue) -> Result<Option<u6
     if json::kind(metadata) == "null" {
         return Ok(None);
     }
-    let entries = json::object(path, text, metadata.get(), "metadata")?;
-    // Informative only, so that whatever else stands there is no error. Some writers make it a float.
-    Ok(entries
-        .into_iter()
-        .find(|(key, _)| key == "total_size")
-        .and_then(|(_, value)| {
+    let mut total_bytes = None;
+    json::object(path, text, metadata.get(), "metadata", |key, value| {
+        // Informative only, so that whatever else stands there is no error. Some writers make it a float.
+        if key == "total_size" && total_bytes.is_none() {
             let (whole, fraction) = value.get().split_once('.').unwrap_or((value.get(), ""));
-            let whole = whole.parse().ok()?;
-            fraction.bytes().all(|digit| digit == b'0').then_some(whole)
-        }))
+            let is_whole = fraction.bytes().all(|digit| digit == b'0');
+            total_bytes = Some(whole.parse().ok().filter(|_| is_whole));
+        }
+        Ok(())
+    })?;
+    Ok(total_bytes.flatten())
 }
 
 #[cfg(test)]

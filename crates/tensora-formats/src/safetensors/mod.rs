@@ -5,7 +5,7 @@ mod diagnosis;
 mod header;
 mod index;
 
-pub(crate) use self::checkpoint::{Tolerance, data_files, open_file, open_indexed, open_unindexed};
+pub(crate) use self::checkpoint::{data_files, open_file, open_indexed, open_unindexed};
 pub(crate) use self::header::data_bytes;
 pub use self::header::{SafetensorsHeader, parse_safetensors_header, safetensors_header_bytes};
 pub use self::index::{SafetensorsIndex, parse_safetensors_index};

@@ -5,28 +5,34 @@ use std::ffi::OsString;
 use std::path::Path;
 
 use super::{
-    INDEX_NAME, PADDING_LIMIT_BYTES, PARTITION_PREFIX, RANK_PREFIX, parse_serverlessllm_index,
-    partition_name,
+    INDEX_NAME, PADDING_LIMIT_BYTES, PARTITION_PREFIX, RANK_PREFIX, index, partition_name,
 };
+use crate::options::Tolerance;
 use crate::safetensors::HEADER_LIMIT_BYTES;
 use crate::{
-    CheckpointIndex, DuplicateNames, Error, FileEntry, Format, Note, Result, TensorEntry, file,
+    CheckpointIndex, DamagedTensors, Error, FileEntry, Format, Note, RankDirectory, Result,
+    TensorEntry, file,
 };
 
 /// Opens a directory that holds `tensor_index.json`.
-pub(crate) fn open_directory(
-    root: &Path,
-    duplicate_names: DuplicateNames,
-) -> Result<CheckpointIndex> {
+pub(crate) fn open_directory(root: &Path, tolerance: Tolerance) -> Result<CheckpointIndex> {
     let path = &root.join(INDEX_NAME);
     let content = file::read_index(path, HEADER_LIMIT_BYTES)?;
     let files = partitions(root, path)?;
     let sizes: Vec<u64> = files.iter().map(|file| file.bytes).collect();
-    let index = parse_serverlessllm_index(path, &content, &sizes, duplicate_names)?;
+    let (index, short) = index::parse(path, &content, &sizes, tolerance.duplicate_names)?;
+    if !short.is_empty() && tolerance.damaged_tensors == DamagedTensors::Reject {
+        return Err(Error::PartitionsTooShort {
+            path: path.to_owned(),
+            partitions: short,
+        });
+    }
     let mut notes = notes(&index.tensors);
-    if index.format == Format::ServerlessLlmStore {
+    // A last partition that is too short has no tail.
+    if index.format == Format::ServerlessLlmStore && short.is_empty() {
         notes.extend(unused_tail(&index.tensors, &files));
     }
+    notes.extend(short.into_iter().map(Note::from));
     Ok(CheckpointIndex {
         format: index.format,
         root: root.to_owned(),
@@ -34,6 +40,7 @@ pub(crate) fn open_directory(
         files,
         tensors: index.tensors,
         metadata: BTreeMap::new(),
+        ranks: Vec::new(),
     })
 }
 
@@ -137,12 +144,19 @@ pub(crate) fn rank_name(rank: u32) -> String {
     format!("{RANK_PREFIX}{rank}")
 }
 
+/// Opens one rank of a directory by itself.
+pub(crate) fn open_rank(root: &Path, rank: u32, tolerance: Tolerance) -> Result<CheckpointIndex> {
+    let directory = root.join(rank_name(rank));
+    file::refuse_unfinished(&directory, tolerance.unfinished)?;
+    open_directory(&directory, tolerance)
+}
+
 /// Opens the ranks of a directory side by side, each tensor's name prefixed with `rank_N/`; a single
 /// rank as it is.
 pub(crate) fn open_ranks(
     root: &Path,
     ranks: &[u32],
-    duplicate_names: DuplicateNames,
+    tolerance: Tolerance,
 ) -> Result<CheckpointIndex> {
     let gap = (0u32..)
         .zip(ranks)
@@ -155,16 +169,17 @@ pub(crate) fn open_ranks(
         });
     }
     if let [rank] = ranks {
-        return open_directory(&root.join(rank_name(*rank)), duplicate_names);
+        return open_rank(root, *rank, tolerance);
     }
 
     let mut format = None;
     let mut files = Vec::new();
     let mut tensors = Vec::new();
-    let mut tails = Vec::new();
+    let mut directories = Vec::new();
+    let mut of_files = Vec::new();
     for &rank in ranks {
         let directory = rank_name(rank);
-        let opened = open_directory(&root.join(&directory), duplicate_names)?;
+        let opened = open_rank(root, rank, tolerance)?;
         // A rank without tensors reads the same in either dialect.
         if !opened.tensors.is_empty() {
             let (first_rank, first) = *format.get_or_insert((rank, opened.format));
@@ -179,28 +194,38 @@ pub(crate) fn open_ranks(
             }
         }
         // The other notes are about tensors, and are taken again of all ranks together.
-        tails.extend(opened.notes.into_iter().filter_map(|note| match note {
-            Note::UnusedTail { file, begin, bytes } => Some(Note::UnusedTail {
-                file: format!("{directory}/{file}"),
-                begin,
-                bytes,
-            }),
-            _ => None,
+        let in_directory = |name: &str| format!("{directory}/{name}");
+        of_files.extend(opened.notes.into_iter().filter_map(|mut note| {
+            match &mut note {
+                Note::UnusedTail { file, .. } => *file = in_directory(file),
+                Note::Damaged { file, tensors, .. } => {
+                    *file = in_directory(file);
+                    for tensor in tensors {
+                        tensor.name = in_directory(&tensor.name);
+                    }
+                }
+                _ => return None,
+            }
+            Some(note)
         }));
         let first_file = files.len();
         files.extend(opened.files.into_iter().map(|mut file| {
-            file.name = format!("{directory}/{}", file.name);
+            file.name = in_directory(&file.name);
             file
         }));
         tensors.extend(opened.tensors.into_iter().map(|mut tensor| {
-            tensor.name = format!("{directory}/{}", tensor.name);
+            tensor.name = in_directory(&tensor.name);
             tensor.file += first_file;
             tensor
         }));
+        directories.push(RankDirectory {
+            files: first_file..files.len(),
+            name: directory,
+        });
     }
     tensors.sort_unstable_by(|left, right| left.name.cmp(&right.name));
     let mut notes = notes(&tensors);
-    notes.append(&mut tails);
+    notes.append(&mut of_files);
     Ok(CheckpointIndex {
         format: format.map_or(Format::ServerlessLlmStore, |(_, format)| format),
         root: root.to_owned(),
@@ -208,6 +233,7 @@ pub(crate) fn open_ranks(
         files,
         tensors,
         metadata: BTreeMap::new(),
+        ranks: directories,
     })
 }
 

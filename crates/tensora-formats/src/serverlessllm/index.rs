@@ -2,6 +2,7 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::marker::PhantomData;
+use std::mem;
 use std::path::{Path, PathBuf};
 
 use serde::de::{Deserialize, Deserializer, Error as _, SeqAccess, Visitor};
@@ -10,7 +11,9 @@ use serde_json::value::RawValue;
 use super::{PADDING_LIMIT_BYTES, partition_name, short_name};
 use crate::json::{self, Array, Place, Text};
 use crate::safetensors::data_bytes;
-use crate::{Dtype, DuplicateNames, Error, Format, Result, TensorEntry};
+use crate::{
+    DamagedTensor, Dtype, DuplicateNames, Error, Format, Result, ShortPartition, TensorEntry,
+};
 
 /// A parsed `tensor_index.json`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -38,21 +41,48 @@ pub fn parse_serverlessllm_index(
     partition_bytes: &[u64],
     duplicate_names: DuplicateNames,
 ) -> Result<ServerlessLlmIndex> {
+    let (index, short) = parse(path, index, partition_bytes, duplicate_names)?;
+    if short.is_empty() {
+        return Ok(index);
+    }
+    Err(Error::PartitionsTooShort {
+        path: path.to_owned(),
+        partitions: short,
+    })
+}
+
+/// As [`parse_serverlessllm_index`], but tolerates partitions that are too short: they are returned, and
+/// the tensors in them that are not all there are left out.
+pub(super) fn parse(
+    path: &Path,
+    index: &[u8],
+    partition_bytes: &[u64],
+    duplicate_names: DuplicateNames,
+) -> Result<(ServerlessLlmIndex, Vec<ShortPartition>)> {
     let text = json::text(path, "index", index)?;
-    let mut raw = json::object(path, text, text, "the index")?;
+    let mut raw = Vec::new();
+    json::object(path, text, text, "the index", |name, value| {
+        raw.push((name, value));
+        Ok(())
+    })?;
     json::sort_unique(path, &mut raw, duplicate_names)?;
 
-    let mut entries = Vec::with_capacity(raw.len());
+    // As many as are there, but no more than can be: what is not an entry may be shorter than one.
+    let mut entries = Vec::with_capacity(raw.len().min(text.len() / SHORTEST_ENTRY_BYTES));
     for (name, value) in raw {
         entries.push(Entry::parse(path, text, name.into_owned(), value)?);
     }
     let format = dialect(path, &entries)?;
-    let tensors = place(path, entries, partition_bytes)?;
+    let mut tensors = place(path, entries, partition_bytes)?;
     if format == Format::ServerlessLlmStore {
         check_coverage(path, &tensors, partition_bytes)?;
     }
-    Ok(ServerlessLlmIndex { format, tensors })
+    let short = split_off_damaged(&mut tensors, partition_bytes);
+    Ok((ServerlessLlmIndex { format, tensors }, short))
 }
+
+/// The length of `"":[0,0,[],[],"u8"]`.
+const SHORTEST_ENTRY_BYTES: usize = 19;
 
 /// One entry, sound in itself but not yet checked against the partitions.
 struct Entry {
@@ -150,7 +180,7 @@ impl<'a> Fields<'a> {
             bytes,
             shape,
             strides,
-            dtype: dtype.into(),
+            dtype,
             partition,
         })
     }
@@ -247,7 +277,7 @@ fn resolve_strides(
 
 /// Whether elements at `strides` lie in row-major order without gaps. The stride of a dimension of 1
 /// is never used and may be anything, as may all strides if there are no elements.
-fn is_row_major(shape: &[u64], strides: &[u64]) -> bool {
+pub(crate) fn is_row_major(shape: &[u64], strides: &[u64]) -> bool {
     if shape.contains(&0) {
         return true;
     }
@@ -265,7 +295,7 @@ fn is_row_major(shape: &[u64], strides: &[u64]) -> bool {
 
 /// The bytes from the start of the storage to the end of the last element; saturating. No dimension
 /// may be 0.
-fn view_bytes(dtype: Dtype, shape: &[u64], strides: &[u64]) -> u64 {
+pub(crate) fn view_bytes(dtype: Dtype, shape: &[u64], strides: &[u64]) -> u64 {
     let last_element = shape
         .iter()
         .zip(strides)
@@ -292,15 +322,8 @@ fn dialect(path: &Path, entries: &[Entry]) -> Result<Format> {
     }
 }
 
-/// What a partition lacks.
-#[derive(Default)]
-struct Shortfall {
-    needed_bytes: u64,
-    damaged: Vec<String>,
-}
-
-/// Turns each entry's offset into one within its partition and checks that the partition reaches so
-/// far.
+/// Turns each entry's offset into one within its partition. The partition may end before the tensor
+/// does, but not where another follows that the tensor would run into.
 fn place(path: &Path, entries: Vec<Entry>, partition_bytes: &[u64]) -> Result<Vec<TensorEntry>> {
     // Where each partition starts in the concatenation that the store dialect counts through.
     let mut next_start = 0u64;
@@ -313,7 +336,6 @@ fn place(path: &Path, entries: Vec<Entry>, partition_bytes: &[u64]) -> Result<Ve
         })
         .collect();
 
-    let mut shortfalls: BTreeMap<usize, Shortfall> = BTreeMap::new();
     let mut tensors = Vec::with_capacity(entries.len());
     for Entry {
         mut tensor,
@@ -354,32 +376,48 @@ fn place(path: &Path, entries: Vec<Entry>, partition_bytes: &[u64]) -> Result<Ve
             tensor.offset = tensor.offset.min(file_bytes);
         }
         let end = tensor.offset + tensor.bytes;
-        if end > file_bytes {
-            if partition.is_none() && file + 1 < partition_bytes.len() {
-                return Err(Error::CrossesPartition {
-                    path: path.to_owned(),
-                    tensor: tensor.name,
-                    offset: global_offset,
-                    bytes: tensor.bytes,
-                    partition: file as u64,
-                    partition_end: start.saturating_add(file_bytes),
-                });
-            }
-            let shortfall = shortfalls.entry(file).or_default();
-            shortfall.needed_bytes = shortfall.needed_bytes.max(end);
-            shortfall.damaged.push(tensor.name.clone());
+        if end > file_bytes && partition.is_none() && file + 1 < partition_bytes.len() {
+            return Err(Error::CrossesPartition {
+                path: path.to_owned(),
+                tensor: tensor.name,
+                offset: global_offset,
+                bytes: tensor.bytes,
+                partition: file as u64,
+                partition_end: start.saturating_add(file_bytes),
+            });
         }
         tensors.push(tensor);
     }
-    match shortfalls.pop_first() {
-        None => Ok(tensors),
-        Some((partition, shortfall)) => Err(Error::PartitionTooShort {
-            path: partition_path(path, partition),
-            partition_bytes: partition_bytes[partition],
-            needed_bytes: shortfall.needed_bytes,
-            damaged: shortfall.damaged,
-        }),
-    }
+    Ok(tensors)
+}
+
+/// Removes the tensors that reach past the ends of their partitions; returns these partitions.
+fn split_off_damaged(
+    tensors: &mut Vec<TensorEntry>,
+    partition_bytes: &[u64],
+) -> Vec<ShortPartition> {
+    let mut short: BTreeMap<usize, ShortPartition> = BTreeMap::new();
+    tensors.retain_mut(|tensor| {
+        let range = tensor.range();
+        let file_bytes = partition_bytes.get(tensor.file).copied().unwrap_or(0);
+        if range.end <= file_bytes {
+            return true;
+        }
+        let partition = short.entry(tensor.file).or_insert_with(|| ShortPartition {
+            file: partition_name(tensor.file as u64),
+            file_bytes,
+            needed_bytes: 0,
+            tensors: Vec::new(),
+        });
+        partition.needed_bytes = partition.needed_bytes.max(range.end);
+        partition.tensors.push(DamagedTensor {
+            name: mem::take(&mut tensor.name),
+            present_bytes: file_bytes.saturating_sub(range.start),
+            range,
+        });
+        false
+    });
+    short.into_values().collect()
 }
 
 fn partition_path(index_path: &Path, partition: usize) -> PathBuf {

@@ -5,8 +5,9 @@ mod index;
 
 use crate::Dtype;
 
-pub(crate) use self::checkpoint::{open_directory, open_ranks, rank_name, ranks};
+pub(crate) use self::checkpoint::{open_directory, open_rank, open_ranks, ranks};
 pub use self::index::{ServerlessLlmIndex, parse_serverlessllm_index};
+pub(crate) use self::index::{is_row_major, view_bytes};
 
 /// The name of the index file.
 pub(crate) const INDEX_NAME: &str = "tensor_index.json";

@@ -9,6 +9,7 @@ mod header_rules;
 mod layouts;
 mod messages;
 mod recognition;
+mod records;
 mod rule_table;
 mod scale;
 mod serverlessllm_rules;

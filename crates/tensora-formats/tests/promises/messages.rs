@@ -2,9 +2,27 @@
 
 use std::collections::BTreeSet;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use tensora_formats::{Dtype, Error, Format, Note};
+use tensora_formats::{
+    Dtype, DuplicateNames, Error, Format, Note, ShortPartition, parse_serverlessllm_index,
+};
+
+/// Fifty empty partitions, each of which lacks a tensor whose name starts with `long`.
+fn short_partitions(long: &str) -> Vec<ShortPartition> {
+    let entries: Vec<String> = (0..50)
+        .map(|partition| {
+            let name = serde_json::to_string(&format!("{long}{partition:02}")).unwrap();
+            format!(r#"{name}:[0,1,[],[],"u8",{partition}]"#)
+        })
+        .collect();
+    let index = format!("{{{}}}", entries.join(","));
+    let path = Path::new("tensor_index.json");
+    match parse_serverlessllm_index(path, index.as_bytes(), &[0; 50], DuplicateNames::Reject) {
+        Err(Error::PartitionsTooShort { partitions, .. }) => partitions,
+        other => panic!("{other:?}"),
+    }
+}
 
 /// Every error, its texts and lists as long as a file can make them.
 fn errors(long: &str, many: &[String]) -> Vec<Error> {
@@ -65,6 +83,7 @@ fn errors(long: &str, many: &[String]) -> Vec<Error> {
             path: path.clone(),
             snapshots: many.clone(),
         },
+        Error::Unfinished { path: path.clone() },
         Error::MissingRank {
             path: path.clone(),
             missing: u32::MAX,
@@ -301,11 +320,9 @@ fn errors(long: &str, many: &[String]) -> Vec<Error> {
             partition: u64::MAX,
             partition_end: u64::MAX,
         },
-        Error::PartitionTooShort {
+        Error::PartitionsTooShort {
             path: path.clone(),
-            partition_bytes: u64::MAX,
-            needed_bytes: u64::MAX,
-            damaged: many.clone(),
+            partitions: short_partitions(&long),
         },
         Error::UnusedBytes {
             path: path.clone(),
@@ -344,6 +361,20 @@ fn errors(long: &str, many: &[String]) -> Vec<Error> {
             tensor: long.clone(),
             dtype: Dtype::F8E4M3Fnuz,
             shape: vec![u64::MAX; 100_000],
+        },
+        Error::EmptyRecord {
+            record: usize::MAX,
+            bytes: u64::MAX,
+        },
+        Error::RecordStrides {
+            tensor: long.clone(),
+            dimensions: usize::MAX,
+            strides: usize::MAX,
+        },
+        Error::RecordSize {
+            tensor: long.clone(),
+            needed_bytes: u64::MAX,
+            record_bytes: u64::MAX,
         },
         Error::DtypeNotInFormat {
             tensor: long.clone(),
@@ -445,6 +476,7 @@ fn notes(long: &str, many: &[String]) -> Vec<Note> {
             file: long.clone(),
             dropped: long.clone(),
         },
+        Note::MoreMetadataConflicts { values: u64::MAX },
         Note::NotContiguous {
             tensors: many.clone(),
         },
@@ -455,6 +487,15 @@ fn notes(long: &str, many: &[String]) -> Vec<Note> {
             file: long.clone(),
             begin: u64::MAX,
             bytes: u64::MAX,
+        },
+        Note::Damaged {
+            tensors: short_partitions(&long)
+                .into_iter()
+                .flat_map(|partition| partition.tensors)
+                .collect(),
+            file: long,
+            file_bytes: u64::MAX,
+            needed_bytes: u64::MAX,
         },
     ]
 }
@@ -509,6 +550,8 @@ fn no_message_echoes_long_texts() {
             .chain(notes.iter().map(ToString::to_string))
             .chain(unknown);
         let length = format!("({} bytes)", long.len());
+        // With the number that makes each of them unique.
+        let numbered = format!("({} bytes)", long.len() + 2);
         for message in messages {
             // Five names of two hundred characters, each of them escaped, and a path.
             assert!(
@@ -520,7 +563,9 @@ fn no_message_echoes_long_texts() {
             let quotes = message.contains('…');
             assert_eq!(
                 quotes,
-                message.contains(&length) || message.contains("dimensions)"),
+                message.contains(&length)
+                    || message.contains(&numbered)
+                    || message.contains("dimensions)"),
                 "{message}"
             );
         }

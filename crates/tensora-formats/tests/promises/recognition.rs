@@ -2,7 +2,9 @@
 
 use std::fs;
 
-use tensora_formats::{CheckpointIndex, Error, Format, OpenOptions};
+use tensora_formats::{
+    CheckpointIndex, Error, Format, OpenOptions, UNFINISHED_NAME, UnfinishedCheckpoint,
+};
 
 use crate::fixture::{Directory, assert_refused, index, shard};
 
@@ -293,11 +295,21 @@ fn ranks_side_by_side() {
         index.files()[1].path,
         directory.join("rank_1").join("tensor.data_0")
     );
+    let directories: Vec<(&str, std::ops::Range<usize>)> = index
+        .ranks()
+        .iter()
+        .map(|rank| (rank.name.as_str(), rank.files.clone()))
+        .collect();
+    assert_eq!(
+        directories,
+        [("rank_0", 0..1), ("rank_1", 1..2), ("rank_2", 2..3)]
+    );
 
     let one = OpenOptions::new().rank(1).open(directory.path()).unwrap();
     assert_eq!(one.tensors()[0].name, "s");
     assert_eq!(one.root(), directory.join("rank_1"));
     assert_eq!(one.files()[0].name, "tensor.data_0");
+    assert_eq!(one.ranks(), []);
 
     assert_refused!(
         OpenOptions::new().rank(3).open(directory.path()),
@@ -329,6 +341,7 @@ fn a_single_rank_keeps_its_names() {
     write_store(&directory, "rank_0/");
     let index = CheckpointIndex::open(directory.path()).unwrap();
     assert_eq!(index.tensors()[0].name, "s");
+    assert_eq!(index.ranks(), []);
 }
 
 #[test]
@@ -388,6 +401,81 @@ fn ranks_of_different_dialects() {
         "rank_1 is serverlessllm-store",
         "rank_2 is serverlessllm-partitioned",
     );
+}
+
+#[test]
+fn an_unfinished_conversion() {
+    let safetensors = Directory::new();
+    safetensors.write("model.safetensors", shard(&["t"]));
+    safetensors.write(
+        "model.safetensors.index.json",
+        index(&[("t", "model.safetensors")]),
+    );
+    let store = Directory::new();
+    write_store(&store, "");
+    let ranks = Directory::new();
+    write_store(&ranks, "rank_0/");
+    write_store(&ranks, "rank_1/");
+    let only_rank = Directory::new();
+    write_store(&only_rank, "rank_0/");
+    let nothing = Directory::new();
+    let cache = Directory::new();
+    cache.write("snapshots/abc/model.safetensors", shard(&["t"]));
+
+    for (directory, below, opened) in [
+        (&safetensors, "", &["", "model.safetensors.index.json"][..]),
+        (&store, "", &["", "tensor_index.json"]),
+        // Of a rank, and of the directory that holds the ranks.
+        (
+            &ranks,
+            "rank_1/",
+            &["", "rank_1", "rank_1/tensor_index.json"],
+        ),
+        (&ranks, "", &[""]),
+        (&only_rank, "rank_0/", &["", "rank_0"]),
+        // Nothing was put in place yet.
+        (&nothing, "", &[""]),
+        (&cache, "snapshots/abc/", &["", "snapshots/abc"]),
+    ] {
+        let marker = directory.write(&format!("{below}{UNFINISHED_NAME}"), "");
+        let holder = marker.parent().unwrap().to_owned();
+        let open = OpenOptions::new().unfinished(UnfinishedCheckpoint::Open);
+        for name in opened {
+            let path = directory.join(name);
+            assert_refused!(
+                CheckpointIndex::open(&path),
+                Error::Unfinished { .. },
+                holder.display(),
+                "interrupted",
+                "--resume",
+                "--restart",
+            );
+            if directory.path() == nothing.path() {
+                let found = open.open(&path);
+                assert_refused!(found, Error::NoCheckpoint { .. }, UNFINISHED_NAME);
+            } else {
+                assert!(open.open(&path).is_ok(), "{}", path.display());
+            }
+        }
+        fs::remove_file(marker).unwrap();
+        if directory.path() != nothing.path() {
+            assert!(CheckpointIndex::open(directory.path()).is_ok());
+        }
+    }
+
+    ranks.write(&format!("rank_1/{UNFINISHED_NAME}"), "");
+    // The other rank is whole by itself, as is a file whose own path is given.
+    let other = OpenOptions::new().rank(0).open(ranks.path());
+    assert_eq!(other.unwrap().tensors().len(), 1);
+    let rank = OpenOptions::new().rank(1).open(ranks.path());
+    assert_refused!(
+        rank,
+        Error::Unfinished { .. },
+        ranks.join("rank_1").display()
+    );
+    let file = safetensors.join("model.safetensors");
+    safetensors.write(UNFINISHED_NAME, "");
+    assert!(CheckpointIndex::open(file).is_ok());
 }
 
 #[cfg(unix)]

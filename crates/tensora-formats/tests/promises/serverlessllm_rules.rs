@@ -3,8 +3,8 @@
 use std::path::Path;
 
 use tensora_formats::{
-    CheckpointIndex, Dtype, DuplicateNames, Error, Format, Note, OpenOptions, Result,
-    ServerlessLlmIndex, parse_serverlessllm_index,
+    CheckpointIndex, DamagedTensors, Dtype, DuplicateNames, Error, Format, Note, OpenOptions,
+    Result, ServerlessLlmIndex, parse_serverlessllm_index,
 };
 
 use crate::fixture::{Directory, assert_refused};
@@ -427,15 +427,141 @@ fn a_lost_tail_names_the_damaged_tensors() {
         let there = partition_bytes[partition];
         assert_refused!(
             parse(text, partition_bytes),
-            Error::PartitionTooShort { .. },
-            Path::new(INDEX)
-                .with_file_name(format!("tensor.data_{partition}"))
-                .display(),
-            format!("{there} bytes long"),
+            Error::PartitionsTooShort { .. },
+            INDEX,
+            format!("tensor.data_{partition} is {there} bytes long"),
             format!("needs {needed}"),
-            format!("{} bytes missing", needed - there),
             r#"2 tensors damaged: "b", "c""#,
+            "copy these partitions",
+            "leave the damaged tensors out",
         );
+    }
+}
+
+/// Six tensors over four partitions, of which the first and the last two are too short.
+const DAMAGED: &str = r#"{"a":[0,4,[4],[1],"u8",0],"b":[8,4,[2],[2],"u8",0],"c":[0,8,[8],[1],"u8",1],
+    "d":[0,8,[8],[1],"u8",2],"e":[4,12,[12],[1],"u8",3],"f":[16,8,[8],[1],"u8",3]}"#;
+const DAMAGED_BYTES: [u64; 4] = [11, 8, 0, 10];
+
+#[test]
+fn every_short_partition_is_told() {
+    let error = parse(DAMAGED, &DAMAGED_BYTES).unwrap_err();
+    let message = error.to_string();
+    let Error::PartitionsTooShort { partitions, .. } = error else {
+        panic!("{error:?}");
+    };
+    let found: Vec<(&str, u64, u64)> = partitions
+        .iter()
+        .map(|short| (short.file.as_str(), short.file_bytes, short.needed_bytes))
+        .collect();
+    assert_eq!(
+        found,
+        [
+            ("tensor.data_0", 11, 12),
+            ("tensor.data_2", 0, 8),
+            ("tensor.data_3", 10, 24),
+        ]
+    );
+    let damaged: Vec<(&str, std::ops::Range<u64>, u64)> = partitions
+        .iter()
+        .flat_map(|short| &short.tensors)
+        .map(|tensor| {
+            (
+                tensor.name.as_str(),
+                tensor.range.clone(),
+                tensor.present_bytes,
+            )
+        })
+        .collect();
+    assert_eq!(
+        damaged,
+        [
+            ("b", 8..12, 3),
+            ("d", 0..8, 0),
+            ("e", 4..16, 6),
+            ("f", 16..24, 0),
+        ]
+    );
+    for text in [
+        "tensor.data_0 is 11 bytes long, but the index needs 12, tensor.data_2 is 0",
+        r#"4 tensors damaged: "b", "d", "e", "f""#,
+    ] {
+        assert!(message.contains(text), "{message}");
+    }
+}
+
+#[test]
+fn damaged_tensors_can_be_left_out() {
+    let directory = Directory::new();
+    for rank in ["rank_0", "rank_1"] {
+        directory.write(&format!("{rank}/tensor_index.json"), DAMAGED);
+        for (partition, bytes) in [12, 8, 8, 24].into_iter().enumerate() {
+            directory.write(&format!("{rank}/tensor.data_{partition}"), vec![0; bytes]);
+        }
+    }
+    let options = OpenOptions::new().damaged_tensors(DamagedTensors::LeaveOut);
+    let whole = options.open(directory.path()).unwrap();
+    assert_eq!(whole, CheckpointIndex::open(directory.path()).unwrap());
+    assert_eq!(whole.tensors().len(), 12);
+
+    for (partition, bytes) in DAMAGED_BYTES.into_iter().enumerate() {
+        let bytes = vec![0; usize::try_from(bytes).unwrap()];
+        directory.write(&format!("rank_1/tensor.data_{partition}"), bytes);
+    }
+    assert_refused!(
+        CheckpointIndex::open(directory.path()),
+        Error::PartitionsTooShort { .. },
+        directory.join("rank_1").join("tensor_index.json").display(),
+        "tensor.data_3 is 10",
+    );
+    for (path, prefix, kept) in [
+        (directory.path(), "rank_1/", 8),
+        (&directory.join("rank_1"), "", 2),
+    ] {
+        let index = options.open(path).unwrap();
+        assert_eq!(index.tensors().len(), kept);
+        assert!(index.tensor(&format!("{prefix}c")).is_some());
+        let notes: Vec<&Note> = index
+            .notes()
+            .iter()
+            .filter(|note| matches!(note, Note::Damaged { .. }))
+            .collect();
+        assert_eq!(notes.len(), 3);
+        let Note::Damaged {
+            file,
+            file_bytes: 10,
+            needed_bytes: 24,
+            tensors,
+        } = notes[2]
+        else {
+            panic!("{notes:?}");
+        };
+        assert_eq!(*file, format!("{prefix}tensor.data_3"));
+        assert_eq!(tensors[0].name, format!("{prefix}e"));
+        let message = notes[2].to_string();
+        assert!(message.contains("left out, not all there (2)"), "{message}");
+    }
+}
+
+/// Where the last partition of the store dialect is cut off, whatever was in it.
+#[test]
+fn a_store_without_its_tail() {
+    for bytes in 0..24 {
+        let directory = Directory::new();
+        directory.write("tensor_index.json", RECORDS);
+        directory.write("tensor.data_0", [0; 16]);
+        directory.write("tensor.data_1", vec![0; bytes]);
+        let index = OpenOptions::new()
+            .damaged_tensors(DamagedTensors::LeaveOut)
+            .open(directory.path())
+            .unwrap();
+        let names: Vec<&str> = index.tensors().iter().map(|t| t.name.as_str()).collect();
+        let expected = match bytes {
+            0..6 => &["a"][..],
+            6..13 => &["a", "b_part"],
+            _ => &["a", "b", "b_part", "b_tied"],
+        };
+        assert_eq!(names, expected, "{bytes}");
     }
 }
 
@@ -585,10 +711,8 @@ fn a_tensor_of_no_bytes_is_never_damaged() {
     ] {
         assert_refused!(
             parse(&format!("{{{there},{lost},{empty}}}"), &[9]),
-            Error::PartitionTooShort {
-                needed_bytes: 16,
-                ..
-            },
+            Error::PartitionsTooShort { .. },
+            "needs 16",
             r#"1 tensor damaged: "u""#,
         );
         let index = parse(&format!("{{{there},{empty}}}"), &[5]).unwrap();
