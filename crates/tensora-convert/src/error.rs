@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use tensora_formats::{Dtype, Format};
 
+use crate::note::FirstOf;
+
 /// A `Result` whose error is this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -68,16 +70,6 @@ pub enum Error {
     },
 
     // --- What was asked for ----------------------------------------------------------------
-    /// Conversion from one format to the other is not supported.
-    #[error(
-        "conversion from {from} to {to} is not supported; supported: from safetensors to serverlessllm-store or serverlessllm-partitioned"
-    )]
-    UnsupportedDirection {
-        /// The format of the source.
-        from: Format,
-        /// The format asked for.
-        to: Format,
-    },
     /// An option was set that has no meaning for the target format.
     #[error("{option} has no meaning for {target}; {instead}")]
     OptionNotForTarget {
@@ -87,6 +79,25 @@ pub enum Error {
         target: Format,
         /// What to do instead.
         instead: &'static str,
+    },
+    /// Two options were set that say the same thing differently.
+    #[error("{first} and {second} cannot both be set; leave one of them out")]
+    OptionsContradict {
+        /// One.
+        first: &'static str,
+        /// The other.
+        second: &'static str,
+    },
+    /// Tensors share bytes, which the target format cannot express.
+    #[error(
+        "tensors share bytes in the source, and SafeTensors stores each tensor for itself, which takes {bytes} bytes more: {}; allow shared tensors to be duplicated, or convert to a ServerlessLLM format",
+        FirstOf(tensors)
+    )]
+    SharedTensors {
+        /// The tensors, sorted by name.
+        tensors: Vec<String>,
+        /// What storing them separately takes in addition, in bytes.
+        bytes: u64,
     },
     /// The memory limit is too low to work with.
     #[error("a memory limit of {limit_bytes} bytes is too low; allow at least {min_bytes}")]
@@ -104,15 +115,30 @@ pub enum Error {
     /// The source could not be read.
     #[error(transparent)]
     Read(tensora_io::Error),
-    /// A source file does not have the length any more that it had when it was opened.
-    #[error("{}: {expected_bytes} bytes long when the checkpoint was opened, {actual_bytes} now; let its writer finish, then convert again", path.display())]
+    /// A source file is not any more what it was when the conversion was planned.
+    #[error("{}: changed during the conversion: {how}; let its writer finish, then convert again", path.display())]
     SourceChanged {
         /// The source file.
         path: PathBuf,
-        /// Its length according to the index, in bytes.
-        expected_bytes: u64,
-        /// Its length now, in bytes.
-        actual_bytes: u64,
+        /// What is different.
+        how: String,
+    },
+    /// A file beside the source could not be copied.
+    #[error("{}: could not be read to be copied beside the converted checkpoint: {source}", path.display())]
+    Companion {
+        /// The file, or the directory that it is looked for in.
+        path: PathBuf,
+        /// The operating system's answer.
+        source: io::Error,
+    },
+
+    /// The file of checksums beside a checkpoint cannot be understood.
+    #[error("{}: is no file of checksums that can be used: {reason}; write it anew with `tensora convert --checksums`, or remove it", path.display())]
+    Sidecar {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
     },
 
     // --- The target ------------------------------------------------------------------------
@@ -144,10 +170,38 @@ pub enum Error {
         /// The first files found there, sorted.
         files: Vec<String>,
     },
-    /// A temporary file of another conversion is in the target directory.
-    #[error("{}: temporary file of another conversion; if none is running, one was killed and left it behind: remove it and convert again", path.display())]
-    LeftOver {
-        /// The temporary file.
+    /// An interrupted conversion left finished files in the target directory.
+    #[error("{}: an interrupted conversion left {} here; go on with it (--resume), or remove that and start over (--restart)", path.display(), Files(*files))]
+    Interrupted {
+        /// Where they are.
+        path: PathBuf,
+        /// How many.
+        files: usize,
+    },
+    /// An interrupted conversion has begun to put its files in place, and cannot be undone.
+    #[error("{}: a conversion was interrupted while it put its files in place; it can only be finished: repeat it with --resume, or remove the whole target", path.display())]
+    OnlyToBeFinished {
+        /// Where what is left of it is.
+        path: PathBuf,
+    },
+    /// The target is marked as incomplete, but nothing is there that could be resumed.
+    #[error("{}: marks the directory as incomplete, but what an interrupted conversion had finished is gone; convert into it again with --restart, or remove it", path.display())]
+    StrayMarker {
+        /// The marker.
+        path: PathBuf,
+    },
+    /// What an interrupted conversion left is of another one.
+    #[error("{}: cannot be resumed: {what}; repeat that conversion as it was, or start over (--restart)", path.display())]
+    CannotResume {
+        /// Where it is.
+        path: PathBuf,
+        /// Why not.
+        what: &'static str,
+    },
+    /// Another conversion is writing to the target directory.
+    #[error("{}: another conversion is writing here; wait for it, or choose another directory", path.display())]
+    TargetBusy {
+        /// Its journal.
         path: PathBuf,
     },
     /// The file system of the target does not have enough free space.
@@ -161,7 +215,7 @@ pub enum Error {
         free_bytes: u64,
     },
     /// The file system of the target became full, or a quota was reached.
-    #[error("{}: no space left with {needed_bytes} bytes still to be written{}; what was written has been removed: free space, then convert again", path.display(), Free(*free_bytes))]
+    #[error("{}: no space left with {needed_bytes} bytes still to be written{}; the file has been removed: free space, then convert again (--resume keeps what is finished)", path.display(), Free(*free_bytes))]
     DiskFull {
         /// The file that could not be written.
         path: PathBuf,
@@ -173,7 +227,7 @@ pub enum Error {
         source: io::Error,
     },
     /// A file would become larger than the process may write or the file system can hold.
-    #[error("{}: larger than files may become here{}; what was written has been removed: raise the limit on file sizes (ulimit -f), write smaller partitions, or choose a file system that holds larger files", path.display(), Limit(*limit_bytes))]
+    #[error("{}: larger than files may become here{}; the file has been removed: raise the limit on file sizes (ulimit -f), write smaller partitions, or choose a file system that holds larger files", path.display(), Limit(*limit_bytes))]
     FileTooLarge {
         /// The file that could not be written.
         path: PathBuf,
@@ -181,6 +235,17 @@ pub enum Error {
         limit_bytes: Option<u64>,
         /// The operating system's answer.
         source: io::Error,
+    },
+    /// A file of the target could not be written.
+    #[error(transparent)]
+    Write(tensora_io::Error),
+    /// What was written reads differently from what was read. It was not put in place.
+    #[error("{}: what was written is not what was read: {}; the storage cannot be trusted: check it, and convert again", path.display(), differences.join("; "))]
+    NotAsRead {
+        /// The target directory.
+        path: PathBuf,
+        /// The differences, as sentences.
+        differences: Vec<String>,
     },
     /// The operating system refused an operation on the target.
     #[error("{}: could not {operation}: {source}", path.display())]
@@ -222,9 +287,22 @@ pub enum Error {
         /// The operating system's answer.
         source: io::Error,
     },
-    /// The caller's cancellation token was set. Nothing of a conversion is left behind.
+    /// The caller's cancellation token was set. What a conversion has finished is kept to be resumed.
     #[error("cancelled")]
     Cancelled,
+}
+
+/// A number of files.
+struct Files(usize);
+
+impl fmt::Display for Files {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            0 => f.write_str("unfinished files"),
+            1 => f.write_str("1 finished file"),
+            files => write!(f, "{files} finished files"),
+        }
+    }
 }
 
 /// How much is free, where that is known.

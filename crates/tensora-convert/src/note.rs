@@ -15,8 +15,44 @@ pub enum ConversionNote {
         /// What the target will lack.
         metadata: BTreeMap<String, String>,
     },
+    /// Strided tensors are stored in row-major order, because the target format has no strides.
+    StridesDropped {
+        /// The tensors, sorted by name.
+        tensors: Vec<String>,
+    },
+    /// Tensors that share bytes in the source have bytes of their own in the target.
+    Duplicated {
+        /// The tensors, sorted by name.
+        tensors: Vec<String>,
+        /// By how much the target is larger for it, in bytes.
+        bytes: u64,
+    },
+    /// Ranks became one checkpoint, in which names keep the rank that they are of.
+    RanksJoined {
+        /// How many ranks.
+        ranks: usize,
+    },
+    /// Files beside the checkpoint are not copied.
+    CompanionsLeft {
+        /// Their names, sorted.
+        files: Vec<String>,
+    },
+    /// There was nothing to resume, so everything is written.
+    NothingToResume,
+    /// A file of an interrupted conversion was not what its journal says, and is written again.
+    WrittenAgain {
+        /// The file, relative to the target.
+        file: String,
+    },
     /// A source file could not be read with direct I/O and went through the page cache.
     ReadBuffered {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        reason: String,
+    },
+    /// A file of the target could not be written with direct I/O and went through the page cache.
+    WrittenBuffered {
         /// The file.
         path: PathBuf,
         /// Why.
@@ -35,9 +71,53 @@ impl fmt::Display for ConversionNote {
                 }
                 Ok(())
             }
+            Self::StridesDropped { tensors } => write!(
+                f,
+                "strided tensors are stored in row-major order, SafeTensors has no strides: {}",
+                FirstOf(tensors)
+            ),
+            Self::Duplicated { tensors, bytes } => write!(
+                f,
+                "tensors that share bytes in the source are stored separately, which takes {bytes} bytes more: {}",
+                FirstOf(tensors)
+            ),
+            Self::RanksJoined { ranks } => write!(
+                f,
+                "{ranks} ranks become one checkpoint, in which names begin with rank_N/"
+            ),
+            Self::CompanionsLeft { files } => write!(
+                f,
+                "files beside the checkpoint are not copied unless asked for: {}",
+                FirstOf(files)
+            ),
+            Self::NothingToResume => f.write_str("there was nothing to resume; all was written"),
+            Self::WrittenAgain { file } => write!(
+                f,
+                "{file} was not what the interrupted conversion had recorded, and was written again"
+            ),
             Self::ReadBuffered { path, reason } => {
                 write!(f, "{} was read buffered: {reason}", path.display())
             }
+            Self::WrittenBuffered { path, reason } => {
+                write!(f, "{} was written buffered: {reason}", path.display())
+            }
+        }
+    }
+}
+
+/// The first few of many names.
+pub(crate) struct FirstOf<'a>(pub(crate) &'a [String]);
+
+impl fmt::Display for FirstOf<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const NAMED: usize = 6;
+        for (number, name) in self.0.iter().take(NAMED).enumerate() {
+            let separator = if number == 0 { "" } else { ", " };
+            write!(f, "{separator}{name:?}")?;
+        }
+        match self.0.len().saturating_sub(NAMED) {
+            0 => Ok(()),
+            more => write!(f, " and {more} more"),
         }
     }
 }

@@ -1,29 +1,78 @@
-use std::num::NonZero;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
-use tensora_formats::{
-    CheckpointIndex, CheckpointLayout, FileEntry, Format, STORE_PARTITION_BYTES, TensorEntry,
-    TensorSpec, partitioned_layout, store_layout,
+use tensora_formats::{CheckpointIndex, FileEntry, Format, PlannedIndex};
+use tensora_io::Control;
+
+use crate::assemble::{Assembly, plan_buffers};
+use crate::buffers::Buffers;
+use crate::companions::{Companion, companions};
+use crate::identity::{self, Identity};
+use crate::journal::Fingerprint;
+use crate::outputs::{Output, outputs};
+use crate::target::{Kind, check_directory, or_current};
+use crate::{
+    Checksums, Companions, ContentDigests, ConversionNote, ConversionReport, ConvertOptions,
+    Digest, Error, Kept, Overwrite, Reading, Result, SIDECAR_NAME, TensorDigest, Unfinished,
+    Verify, VerifyOptions, run, sidecar, staging,
 };
-use tensora_io::{Control, Platform};
-
-use crate::copy::{self, Buffers, Place};
-use crate::target::{check_directory, or_current};
-use crate::{ConversionNote, ConversionReport, ConvertOptions, Error, Overwrite, Result};
 
 /// Where every byte of a conversion goes, known to have room there. Made by [`ConvertOptions::plan`].
 #[derive(Clone, Debug)]
 pub struct ConversionPlan {
-    pub(crate) source_files: Vec<FileEntry>,
-    /// Where the data of each tensor of the layout comes from.
-    pub(crate) places: Vec<Place>,
+    pub(crate) source: Arc<CheckpointIndex>,
+    pub(crate) source_files: Vec<(FileEntry, Identity)>,
+    pub(crate) outputs: Vec<Output>,
+    pub(crate) indexes: Vec<PlannedIndex>,
+    pub(crate) companions: Vec<Companion>,
+    pub(crate) kind: Kind,
     pub(crate) target: PathBuf,
-    pub(crate) layout: CheckpointLayout,
+    pub(crate) fingerprint: Fingerprint,
+    pub(crate) checksums: Checksums,
+    pub(crate) verify: Verify,
     pub(crate) overwrite: Overwrite,
+    pub(crate) unfinished: Unfinished,
     pub(crate) buffers: Buffers,
-    source_format: Format,
+    pub(crate) reading: Reading,
+    /// The length of the file of checksums; 0 where there is none.
+    checksums_bytes: u64,
     free_bytes: Option<u64>,
-    notes: Vec<ConversionNote>,
+    pub(crate) notes: Vec<ConversionNote>,
+}
+
+/// A file that a conversion writes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct PlannedOutput {
+    /// Relative to the target directory, with the directory of its rank.
+    pub name: String,
+    /// What it is for.
+    pub kind: OutputKind,
+    /// Its length in bytes.
+    pub bytes: u64,
+    /// How many tensors it holds.
+    pub tensors: usize,
+    /// Where its data begins, in bytes from its start: after the header.
+    pub data_offset: u64,
+    /// The largest power of two, at most 1 MiB, that every tensor in it begins at a multiple of, in bytes.
+    /// `None` where it has no tensor with data.
+    pub alignment_bytes: Option<u64>,
+    /// What neither header nor data is, in bytes.
+    pub padding_bytes: u64,
+}
+
+/// What a file of a target is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum OutputKind {
+    /// Tensor data: a shard or a partition.
+    Data,
+    /// The index, which says where each tensor is.
+    Index,
+    /// A copy of a file beside the source.
+    Companion,
+    /// The digests of all tensors.
+    Checksums,
 }
 
 impl ConversionPlan {
@@ -32,53 +81,65 @@ impl ConversionPlan {
         target: &Path,
         options: &ConvertOptions,
     ) -> Result<Self> {
-        if source.format() != Format::Safetensors || !options.target.is_serverlessllm() {
-            return Err(Error::UnsupportedDirection {
-                from: source.format(),
-                to: options.target,
-            });
-        }
         options.check()?;
-
-        // In the order of the source, so that reading and writing both go forward.
-        let mut tensors: Vec<&TensorEntry> = source.tensors().iter().collect();
-        tensors.sort_by_key(|tensor| (tensor.file, tensor.offset));
-        let specs: Vec<TensorSpec> = tensors
-            .iter()
-            .map(|tensor| TensorSpec {
-                name: tensor.name.clone(),
-                dtype: tensor.dtype,
-                shape: tensor.shape.clone(),
-            })
-            .collect();
-        let layout = layout(&specs, source.data_bytes(), options)?;
-
+        let outputs = outputs(source, options)?;
+        let mut notes = outputs.notes;
+        let beside = companions(source.root())?;
+        let companions = match options.companions {
+            Companions::Copy => beside,
+            Companions::Leave => {
+                if !beside.is_empty() {
+                    notes.push(ConversionNote::CompanionsLeft {
+                        files: beside.into_iter().map(|file| file.name).collect(),
+                    });
+                }
+                Vec::new()
+            }
+        };
+        let kind = Kind {
+            format: options.target,
+            ranks: outputs.ranks,
+            companions: companions.iter().map(|file| file.name.clone()).collect(),
+        };
         let target = or_current(target).to_owned();
-        let free_bytes = check_directory(&target, source, options.target, options.overwrite)?;
-        let file_bytes: Vec<u64> = layout.files.iter().map(|file| file.bytes).collect();
-        let memory = Platform::probe().memory;
-        let buffers = Buffers::plan(options.memory_limit_bytes, &file_bytes, &memory)?;
-        let mut notes = Vec::new();
-        if !source.metadata().is_empty() {
-            notes.push(ConversionNote::MetadataDropped {
-                target: options.target,
-                metadata: source.metadata().clone(),
-            });
+        let free_bytes = check_directory(&target, source, &kind, options)?;
+        if options.unfinished == Unfinished::Resume && !staging::is_there(&target)? {
+            notes.push(ConversionNote::NothingToResume);
         }
+
+        let assemblies: Vec<&Assembly> = outputs.files.iter().map(|file| &file.assembly).collect();
+        let buffers = plan_buffers(options.memory_limit_bytes, &assemblies)?;
+        let source_files = source
+            .files()
+            .iter()
+            .map(|file| Ok((file.clone(), identity::of_path(file)?)))
+            .collect::<Result<Vec<_>>>()?;
+        let fingerprint = identity::fingerprint(
+            &source_files,
+            options.target,
+            &outputs.files,
+            &outputs.indexes,
+        );
+        let checksums_bytes = match options.checksums {
+            Checksums::Omit => 0,
+            Checksums::Write => checksums_bytes(source)?,
+        };
         let plan = Self {
-            source_files: source.files().to_vec(),
-            places: tensors
-                .iter()
-                .map(|tensor| Place {
-                    file: tensor.file,
-                    offset: tensor.offset,
-                })
-                .collect(),
+            source: Arc::new(source.clone()),
+            source_files,
+            outputs: outputs.files,
+            indexes: outputs.indexes,
+            companions,
+            kind,
             target,
-            layout,
+            fingerprint,
+            checksums: options.checksums,
+            verify: options.verify,
             overwrite: options.overwrite,
+            unfinished: options.unfinished,
             buffers,
-            source_format: source.format(),
+            reading: options.reading.clone(),
+            checksums_bytes,
             free_bytes,
             notes,
         };
@@ -88,36 +149,40 @@ impl ConversionPlan {
 
     /// Converts.
     ///
-    /// Data is read with direct I/O where that works and the data is not in memory already, and passes
-    /// through a few buffers to a writer, so that reading and writing overlap. All files are written
-    /// under temporary names, synced, and renamed when all of them are complete, the index last.
+    /// Data passes through a few buffers from threads that read to threads that write, so that reading and
+    /// writing overlap; both go past the page cache where that works and the data is not in memory
+    /// already. All files are written in a directory of their own inside the target, synced, and get their
+    /// names when all of them are complete, the index last.
     ///
-    /// `control` watches the bytes that have been read, which add up to
-    /// [`data_bytes`](Self::data_bytes), and stops the conversion.
+    /// `control` watches the bytes that have been read, which add up to [`work_bytes`](Self::work_bytes),
+    /// and stops the conversion.
     ///
     /// # Errors
     ///
-    /// [`Error::Read`] and [`Error::SourceChanged`] for the source; [`Error::DiskFull`], [`Error::FileTooLarge`],
-    /// [`Error::Target`], [`Error::LeftOver`], [`Error::TargetOccupied`] and
-    /// [`Error::OtherCheckpoint`] for the target; [`Error::Thread`]; [`Error::Cancelled`]. Whatever was
-    /// written is removed before any of them is returned. A checkpoint that was to be replaced is
-    /// still there, unless renaming itself failed.
+    /// [`Error::Read`], [`Error::SourceChanged`] and [`Error::Companion`] for the source;
+    /// [`Error::DiskFull`], [`Error::FileTooLarge`], [`Error::Target`], [`Error::Write`],
+    /// [`Error::TargetOccupied`], [`Error::OtherCheckpoint`], [`Error::TargetBusy`],
+    /// [`Error::CannotResume`] for the target; [`Error::NotAsRead`] when verifying finds a difference;
+    /// [`Error::Thread`]; [`Error::Cancelled`]. Files that are finished by then are kept, and
+    /// [`Unfinished::Resume`] goes on from there; [`kept`](Self::kept) tells how many. Where there are none,
+    /// whatever was written is removed. A checkpoint that was to be replaced is still there, unless giving
+    /// files their names had begun.
     ///
     /// # Panics
     ///
-    /// A panic of the progress callback is passed on, after what was written has been removed.
+    /// A panic of the progress callback is passed on, after what was written has been tidied up as above.
     pub fn run(&self, control: &Control) -> Result<ConversionReport> {
-        copy::run(self, control)
+        run::run(self, control)
     }
 
     /// The format of the source.
     pub fn source_format(&self) -> Format {
-        self.source_format
+        self.source.format()
     }
 
     /// The format of the target.
     pub fn target_format(&self) -> Format {
-        self.layout.format
+        self.kind.format
     }
 
     /// The directory that the checkpoint will be in.
@@ -125,45 +190,81 @@ impl ConversionPlan {
         &self.target
     }
 
-    /// The files to be written, with the place of each tensor. Positions of tensors count in the order
-    /// in which the source stores them.
-    pub fn layout(&self) -> &CheckpointLayout {
-        &self.layout
+    /// The files to be written: data, companions and checksums, indexes.
+    pub fn files(&self) -> Vec<PlannedOutput> {
+        let plain = |name: &str, kind, bytes| PlannedOutput {
+            name: name.to_owned(),
+            kind,
+            bytes,
+            tensors: 0,
+            data_offset: 0,
+            alignment_bytes: None,
+            padding_bytes: 0,
+        };
+        let data = self.outputs.iter().map(|output| {
+            let assembly = &output.assembly;
+            let records = || assembly.records.iter().filter(|record| record.bytes() > 0);
+            let prefix_bytes = assembly.prefix.len() as u64;
+            let covered_bytes: u64 = records().map(|record| record.bytes()).sum();
+            PlannedOutput {
+                tensors: output.tensors.iter().map(Vec::len).sum(),
+                data_offset: prefix_bytes,
+                alignment_bytes: records()
+                    .map(|record| 1 << record.at.trailing_zeros().min(20))
+                    .min(),
+                padding_bytes: assembly.bytes - prefix_bytes - covered_bytes,
+                ..plain(&output.name, OutputKind::Data, assembly.bytes)
+            }
+        });
+        let companions = self
+            .companions
+            .iter()
+            .map(|file| plain(&file.name, OutputKind::Companion, file.bytes));
+        let checksums = (self.checksums == Checksums::Write)
+            .then(|| plain(SIDECAR_NAME, OutputKind::Checksums, self.checksums_bytes));
+        let indexes = self
+            .indexes
+            .iter()
+            .map(|index| plain(&index.name, OutputKind::Index, index.contents.len() as u64));
+        data.chain(companions)
+            .chain(checksums)
+            .chain(indexes)
+            .collect()
     }
 
     /// How many tensors are converted.
     pub fn tensors(&self) -> usize {
-        self.places.len()
+        self.source.tensors().len()
     }
 
-    /// The data of all tensors together, in bytes: what is read.
+    /// The data of all tensors as the target stores it, in bytes. What tensors share there counts once.
     pub fn data_bytes(&self) -> u64 {
-        self.layout
-            .files
+        self.outputs
             .iter()
-            .flat_map(|file| &file.tensors)
-            .map(|tensor| tensor.bytes)
-            .sum()
+            .flat_map(|output| &output.assembly.records)
+            .fold(0, |sum, record| sum.saturating_add(record.bytes()))
+    }
+
+    /// What [`run`](Self::run) reports as progress in the end, in bytes: the data, and what verifying it
+    /// reads.
+    pub fn work_bytes(&self) -> u64 {
+        let verified_bytes = match self.verify {
+            Verify::Skip => 0,
+            Verify::ReadBack => VerifyOptions::work_bytes(&self.source),
+        };
+        self.data_bytes().saturating_add(verified_bytes)
     }
 
     /// The files of the target together, with index and padding, in bytes: what is written.
     pub fn target_bytes(&self) -> u64 {
-        let index = self.layout.index.as_ref();
-        let index_bytes = index.map_or(0, |index| index.contents.len() as u64);
-        self.layout
-            .files
+        self.files()
             .iter()
-            .fold(index_bytes, |sum, file| sum.saturating_add(file.bytes))
+            .fold(0, |sum, file| sum.saturating_add(file.bytes))
     }
 
     /// The padding between and after records, in bytes.
     pub fn padding_bytes(&self) -> u64 {
-        let files = &self.layout.files;
-        let of_files: u64 = files
-            .iter()
-            .map(|file| file.bytes - file.prefix.len() as u64)
-            .sum();
-        of_files - self.data_bytes()
+        self.files().iter().map(|file| file.padding_bytes).sum()
     }
 
     /// What the target's file system had free when the plan was made, in bytes, where it says so.
@@ -176,8 +277,22 @@ impl ConversionPlan {
         &self.notes
     }
 
+    /// What an interrupted conversion has left in the target to be resumed, looked up now.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Target`] when its journal cannot be read.
+    pub fn kept(&self) -> Result<Kept> {
+        staging::kept(&self.target)
+    }
+
     fn check_space(&self) -> Result<()> {
-        let needed_bytes = self.target_bytes();
+        // What is finished takes its space already.
+        let kept_bytes = match self.unfinished {
+            Unfinished::Refuse => 0,
+            Unfinished::Resume | Unfinished::Discard => self.kept()?.bytes,
+        };
+        let needed_bytes = self.target_bytes().saturating_sub(kept_bytes);
         match self.free_bytes {
             Some(free_bytes) if free_bytes < needed_bytes => Err(Error::NotEnoughSpace {
                 path: self.target.clone(),
@@ -189,27 +304,17 @@ impl ConversionPlan {
     }
 }
 
-fn layout(
-    specs: &[TensorSpec],
-    data_bytes: u64,
-    options: &ConvertOptions,
-) -> Result<CheckpointLayout> {
-    let layout = match options.target {
-        Format::ServerlessLlmPartitioned => {
-            let default = || {
-                u32::try_from(data_bytes.div_ceil(STORE_PARTITION_BYTES))
-                    .ok()
-                    .and_then(NonZero::new)
-                    .unwrap_or(NonZero::<u32>::MIN)
-            };
-            partitioned_layout(specs, options.partitions.unwrap_or_else(default))
-        }
-        _ => store_layout(
-            specs,
-            options
-                .partition_bytes
-                .map_or(STORE_PARTITION_BYTES, NonZero::get),
-        ),
-    };
-    layout.map_err(Error::Layout)
+/// How large the file of checksums becomes: all digests are equally long.
+fn checksums_bytes(source: &CheckpointIndex) -> Result<u64> {
+    let digest = Digest::from_bytes([0; 32]);
+    let tensors = source.tensors().iter().map(|tensor| {
+        let digest = TensorDigest {
+            dtype: tensor.dtype,
+            shape: tensor.shape.clone(),
+            digest,
+        };
+        (tensor.name.clone(), digest)
+    });
+    let digests = ContentDigests::new(tensors.collect())?;
+    Ok(sidecar::sidecar(&digests).len() as u64)
 }

@@ -1,16 +1,12 @@
 //! The directory that a checkpoint is written to: what is there, and what a conversion puts there.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use tensora_formats::{CheckpointIndex, Format};
 
-use crate::{Error, Overwrite, Result};
-
-/// What the names of files end in until all of them are complete. They also begin with a dot, so that
-/// no reader takes them for a checkpoint's files.
-const TEMPORARY_SUFFIX: &str = ".tensora-convert";
+use crate::{ConvertOptions, Error, Overwrite, Result, SIDECAR_NAME, staging};
 
 /// How many files an error names.
 const NAMED_FILES: usize = 4;
@@ -34,14 +30,6 @@ enum Family {
 }
 
 impl Family {
-    fn of_format(format: Format) -> Self {
-        if format.is_serverlessllm() {
-            Self::ServerlessLlm
-        } else {
-            Self::Safetensors
-        }
-    }
-
     /// The family in which a file or directory of this name belongs to a checkpoint.
     fn of_name(name: &str) -> Option<Self> {
         let numbered = |prefix| {
@@ -60,21 +48,58 @@ impl Family {
     }
 }
 
-/// Checks that a checkpoint of this format may be written to `directory`, and returns the names of
-/// the files there that it replaces.
+/// What a conversion puts into a directory, as far as that matters to what is there.
+#[derive(Clone, Debug)]
+pub(crate) struct Kind {
+    pub(crate) format: Format,
+    /// The directories of ranks; empty unless there are several.
+    pub(crate) ranks: Vec<String>,
+    /// The names of the companions that are copied.
+    pub(crate) companions: Vec<String>,
+}
+
+impl Kind {
+    fn family(&self) -> Family {
+        match self.format.is_serverlessllm() {
+            false => Family::Safetensors,
+            true if self.ranks.is_empty() => Family::ServerlessLlm,
+            true => Family::Ranks,
+        }
+    }
+}
+
+/// Checks that a checkpoint of this kind may be written to `directory`, and returns the names of the
+/// files there that it replaces, relative to the directory.
 pub(crate) fn check_occupancy(
     directory: &Path,
-    format: Format,
+    kind: &Kind,
     overwrite: Overwrite,
 ) -> Result<Vec<String>> {
     let mut same = Vec::new();
     let mut other = Vec::new();
-    for entry in fs::read_dir(directory).map_err(refused(directory, "list"))? {
-        let name = entry.map_err(refused(directory, "list"))?.file_name();
-        let name = name.to_string_lossy();
+    for name in names(directory)? {
         match Family::of_name(&name) {
-            Some(family) if family == Family::of_format(format) => same.push(name.into_owned()),
-            Some(_) => other.push(name.into_owned()),
+            Some(Family::Ranks) if kind.family() == Family::Ranks => {
+                let rank = directory.join(&name);
+                if !rank.is_dir() {
+                    other.push(name);
+                    continue;
+                }
+                for file in names(&rank)? {
+                    let is_checkpoint = Family::of_name(&file) == Some(Family::ServerlessLlm);
+                    let file = format!("{name}/{file}");
+                    if is_checkpoint {
+                        same.push(file);
+                    } else if !kind.ranks.contains(&name) {
+                        // The directory would stay, as a rank without a checkpoint.
+                        other.push(file);
+                    }
+                }
+            }
+            Some(family) if family == kind.family() => same.push(name),
+            Some(_) => other.push(name),
+            // Digests of what is replaced would be wrong for what replaces it.
+            None if name == SIDECAR_NAME || kind.companions.contains(&name) => same.push(name),
             None => {}
         }
     }
@@ -97,12 +122,53 @@ pub(crate) fn check_occupancy(
     Ok(same)
 }
 
+/// The names in a directory; lossy where one is not UTF-8, which none of ours is.
+pub(crate) fn names(directory: &Path) -> Result<Vec<String>> {
+    fs::read_dir(directory)
+        .and_then(|entries| {
+            entries
+                .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
+                .collect()
+        })
+        .map_err(refused(directory, "list"))
+}
+
+/// Whether a file of this name beside a checkpoint holds weights, in whatever format, or belongs to
+/// those that do.
+pub(crate) fn is_of_weights(name: &str) -> bool {
+    const SUFFIXES: [&str; 16] = [
+        ".index.json",
+        ".bin",
+        ".pt",
+        ".pth",
+        ".ckpt",
+        ".pkl",
+        ".gguf",
+        ".ggml",
+        ".h5",
+        ".hdf5",
+        ".msgpack",
+        ".onnx",
+        ".onnx_data",
+        ".npz",
+        ".npy",
+        ".nemo",
+    ];
+    let lower = name.to_ascii_lowercase();
+    Family::of_name(name).is_some()
+        || name == SIDECAR_NAME
+        || SUFFIXES.iter().any(|suffix| lower.ends_with(suffix))
+}
+
 /// Checks the directory before anything is planned into it, and returns what its file system has free.
+///
+/// Whether it is occupied is not asked while a conversion is to be finished there that has begun to put
+/// its files in place.
 pub(crate) fn check_directory(
     directory: &Path,
     source: &CheckpointIndex,
-    format: Format,
-    overwrite: Overwrite,
+    kind: &Kind,
+    options: &ConvertOptions,
 ) -> Result<Option<u64>> {
     let existing = nearest_existing(directory)?;
     let metadata = fs::metadata(existing).map_err(refused(existing, "access"))?;
@@ -114,14 +180,15 @@ pub(crate) fn check_directory(
     check_writable(existing)?;
     if existing == directory {
         check_apart(directory, source)?;
-        check_occupancy(directory, format, overwrite)?;
-        check_left_over(directory)?;
+        if !staging::check(directory, options.unfinished)? {
+            check_occupancy(directory, kind, options.overwrite)?;
+        }
     }
     free_bytes(existing)
 }
 
 /// `path` or the nearest directory above it that exists.
-fn nearest_existing(path: &Path) -> Result<&Path> {
+pub(crate) fn nearest_existing(path: &Path) -> Result<&Path> {
     for ancestor in path.ancestors() {
         let ancestor = or_current(ancestor);
         match fs::symlink_metadata(ancestor) {
@@ -142,17 +209,6 @@ pub(crate) fn or_current(path: &Path) -> &Path {
     } else {
         path
     }
-}
-
-/// Checks that no conversion is under way in `directory`, or was killed there.
-fn check_left_over(directory: &Path) -> Result<()> {
-    for entry in fs::read_dir(directory).map_err(refused(directory, "list"))? {
-        let path = entry.map_err(refused(directory, "list"))?.path();
-        if path.to_string_lossy().ends_with(TEMPORARY_SUFFIX) {
-            return Err(Error::LeftOver { path });
-        }
-    }
-    Ok(())
 }
 
 /// Checks that no file of the source is in `directory`, whichever way either is named.
@@ -209,127 +265,9 @@ pub(crate) fn file_size_limit_bytes() -> Option<u64> {
     None
 }
 
-/// Files under temporary names, which all get their own names or none. Whatever has not been
-/// committed when this is dropped is removed.
-#[derive(Debug)]
-pub(crate) struct Staging {
-    directory: PathBuf,
-    /// Directories that did not exist before, outermost first.
-    created: Vec<PathBuf>,
-    /// The final names of the files staged so far.
-    staged: Vec<String>,
-    /// How many of them, from the first on, have got their names.
-    renamed: usize,
-    committed: bool,
-}
-
-impl Staging {
-    /// Creates `directory` where it does not exist.
-    pub(crate) fn new(directory: &Path) -> Result<Self> {
-        let mut staging = Self {
-            directory: directory.to_owned(),
-            created: Vec::new(),
-            staged: Vec::new(),
-            renamed: 0,
-            committed: false,
-        };
-        let existing = nearest_existing(directory)?;
-        let mut missing: Vec<&Path> = directory
-            .ancestors()
-            .take_while(|&ancestor| ancestor != existing && !ancestor.as_os_str().is_empty())
-            .collect();
-        missing.reverse();
-        for path in missing {
-            match fs::create_dir(path) {
-                Ok(()) => staging.created.push(path.to_owned()),
-                // Somebody else was faster, or the path goes through `..`.
-                Err(_) if path.is_dir() => {}
-                Err(error) => return Err(refused(path, "create")(error)),
-            }
-        }
-        Ok(staging)
-    }
-
-    /// Creates a file that is to be called `name`, and returns it with its temporary path.
-    pub(crate) fn create(&mut self, name: &str) -> Result<(File, PathBuf)> {
-        let path = temporary_path(&self.directory, name);
-        match OpenOptions::new().write(true).create_new(true).open(&path) {
-            Ok(file) => {
-                self.staged.push(name.to_owned());
-                Ok((file, path))
-            }
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-                Err(Error::LeftOver { path })
-            }
-            Err(error) => Err(refused(&path, "create")(error)),
-        }
-    }
-
-    /// Gives all files their names in the order in which they were created, the last one after the
-    /// others are safe on the device. `replaced` are the names of files that are to be gone then.
-    pub(crate) fn commit(mut self, replaced: &[String]) -> Result<()> {
-        // As long as the old index is there, the directory passes for the old checkpoint. The
-        // last file is what a reader recognises the new one by.
-        let last = self.staged.last();
-        let mut stale: Vec<&String> = replaced
-            .iter()
-            .filter(|&name| last == Some(name) || !self.staged.contains(name))
-            .collect();
-        stale.sort_by_key(|name| !name.ends_with(".json"));
-        for name in stale {
-            let path = self.directory.join(name);
-            fs::remove_file(&path).map_err(refused(&path, "remove"))?;
-            sync_directory(&self.directory)?;
-        }
-
-        while let Some(name) = self.staged.get(self.renamed) {
-            if self.renamed + 1 == self.staged.len() {
-                sync_directory(&self.directory)?;
-            }
-            let path = self.directory.join(name);
-            fs::rename(temporary_path(&self.directory, name), &path)
-                .map_err(refused(&path, "rename a temporary file to"))?;
-            self.renamed += 1;
-        }
-        sync_directory(&self.directory)?;
-        for parent in self.created.iter().filter_map(|path| path.parent()) {
-            sync_directory(or_current(parent))?;
-        }
-        self.committed = true;
-        Ok(())
-    }
-}
-
-impl Drop for Staging {
-    fn drop(&mut self) {
-        if self.committed {
-            return;
-        }
-        for (position, name) in self.staged.iter().enumerate() {
-            let path = if position < self.renamed {
-                self.directory.join(name)
-            } else {
-                temporary_path(&self.directory, name)
-            };
-            if let Err(error) = fs::remove_file(&path) {
-                tracing::warn!(path = %path.display(), %error, "could not remove an incomplete file");
-            }
-        }
-        for path in self.created.iter().rev() {
-            // Somebody else's files may be in it by now; then it stays.
-            let _ = fs::remove_dir(path);
-        }
-    }
-}
-
-/// Where a file is until it gets its name.
-pub(crate) fn temporary_path(directory: &Path, name: &str) -> PathBuf {
-    directory.join(format!(".{name}{TEMPORARY_SUFFIX}"))
-}
-
 /// Makes created, renamed and removed names survive a crash.
 #[cfg(unix)]
-fn sync_directory(directory: &Path) -> Result<()> {
+pub(crate) fn sync_directory(directory: &Path) -> Result<()> {
     File::open(directory)
         .and_then(|directory| directory.sync_all())
         .map_err(refused(directory, "sync"))
@@ -337,6 +275,6 @@ fn sync_directory(directory: &Path) -> Result<()> {
 
 /// Elsewhere a directory cannot be opened as a file.
 #[cfg(not(unix))]
-fn sync_directory(_directory: &Path) -> Result<()> {
+pub(crate) fn sync_directory(_directory: &Path) -> Result<()> {
     Ok(())
 }

@@ -101,7 +101,7 @@ impl Control {
     }
 
     /// The token that stops the batch.
-    pub(crate) fn token(&self) -> &CancelToken {
+    pub fn token(&self) -> &CancelToken {
         &self.cancel
     }
 

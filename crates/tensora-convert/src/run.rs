@@ -1,0 +1,533 @@
+//! Carrying out a plan: windows of the target's files come assembled, are hashed, and are written.
+
+use std::fs::File;
+use std::io;
+use std::panic::resume_unwind;
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{self, Receiver};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::thread;
+use std::time::Instant;
+
+use bytes::Bytes;
+use tensora_formats::{OpenOptions, UnfinishedCheckpoint};
+use tensora_io::{
+    CancelToken, Control, DirectFallback, DirectPolicy, SourceFile, TargetFile, WriteStats,
+};
+
+use crate::assemble::{Assembled, Assembly, AssemblyStream, Record, RecordContent};
+use crate::identity;
+use crate::journal::Finished;
+use crate::outputs::Output;
+use crate::staging::Staging;
+use crate::target::{check_occupancy, file_size_limit_bytes, free_bytes, refused};
+use crate::verify::{TensorHashers, differences};
+use crate::{
+    Checksums, ContentDigests, ConversionNote, ConversionPlan, ConversionReport, Digest, Error,
+    Overwrite, Result, SIDECAR_NAME, Verify, VerifyOptions, sidecar,
+};
+
+/// Threads that write. Direct writes wait for the device; with more than one, it always has work.
+const WRITERS: usize = 3;
+
+pub(crate) fn run(plan: &ConversionPlan, control: &Control) -> Result<ConversionReport> {
+    let start = Instant::now();
+    control.check().map_err(Error::reading)?;
+    let sources = plan
+        .source_files
+        .iter()
+        .map(|(file, identity)| identity::open(file, *identity).map(Arc::new))
+        .collect::<Result<Vec<_>>>()?;
+    let staging = Staging::open(&plan.target, &plan.fingerprint, plan.unfinished)?;
+    if !staging.is_committing() {
+        check_occupancy(&plan.target, &plan.kind, plan.overwrite)?;
+    }
+
+    let mut job = Job {
+        plan,
+        staging: &staging,
+        control,
+        hashers: match (plan.checksums, plan.verify) {
+            (Checksums::Omit, Verify::Skip) => None,
+            _ => Some(TensorHashers::new(&plan.source)?),
+        },
+        notes: plan.notes.clone(),
+    };
+    let mut missing = Vec::new();
+    let mut resumed_bytes = 0;
+    for output in &plan.outputs {
+        match job.keeps(output)? {
+            true => resumed_bytes += output.assembly.bytes,
+            false => missing.push(output),
+        }
+    }
+    let direct_bytes = job.write(&missing, &sources)?;
+    for companion in &plan.companions {
+        job.copy(&companion.name, &companion.path)?;
+    }
+    let digests = job.digests()?;
+    let mut names: Vec<String> = plan.outputs.iter().map(|file| file.name.clone()).collect();
+    names.extend(plan.companions.iter().map(|file| file.name.clone()));
+    if let (Checksums::Write, Some(digests)) = (plan.checksums, &digests) {
+        job.write_small(SIDECAR_NAME, &sidecar::sidecar(digests))?;
+        names.push(SIDECAR_NAME.to_owned());
+    }
+    for index in &plan.indexes {
+        job.write_small(&index.name, &index.contents)?;
+    }
+    if let (Verify::ReadBack, Some(digests)) = (plan.verify, &digests) {
+        job.read_back(digests)?;
+    }
+    for (source, (file, identity)) in sources.iter().zip(&plan.source_files) {
+        identity::check(file, *identity, source)?;
+    }
+    control.check().map_err(Error::reading)?;
+
+    let notes = job.notes;
+    // Again, because a long time may have passed.
+    let overwrite = match staging.is_committing() {
+        true => Overwrite::Replace,
+        false => plan.overwrite,
+    };
+    let replaced = check_occupancy(&plan.target, &plan.kind, overwrite)?;
+    let indexes: Vec<String> = plan.indexes.iter().map(|file| file.name.clone()).collect();
+    let files = names.len() + indexes.len();
+    staging.commit(&names, &indexes, &replaced)?;
+    Ok(ConversionReport {
+        files,
+        tensors: plan.tensors(),
+        data_bytes: plan.data_bytes(),
+        target_bytes: plan.target_bytes(),
+        buffer_bytes: plan.buffers.total_bytes(),
+        resumed_files: plan.outputs.len() - missing.len(),
+        resumed_bytes,
+        direct_bytes,
+        content_digest: digests.map(|digests| digests.content()),
+        elapsed: start.elapsed(),
+        notes,
+    })
+}
+
+/// One run of a plan.
+struct Job<'a> {
+    plan: &'a ConversionPlan,
+    staging: &'a Staging,
+    control: &'a Control,
+    /// Digests of tensors as they were read from the source, where somebody wants them.
+    hashers: Option<TensorHashers<'a>>,
+    notes: Vec<ConversionNote>,
+}
+
+impl Job<'_> {
+    /// Whether an interrupted conversion finished this file, and it is still what it was then.
+    fn keeps(&mut self, output: &Output) -> Result<bool> {
+        let Some((path, finished)) = self.staging.finished(&output.name) else {
+            return Ok(false);
+        };
+        let bytes = output.assembly.bytes;
+        let is_whole = std::fs::metadata(&path).is_ok_and(|found| found.len() == bytes);
+        if finished.bytes == bytes && is_whole && self.digest(output, &path)? == finished.digest {
+            self.control
+                .advance(record_bytes(&output.assembly, 0..bytes));
+            return Ok(true);
+        }
+        if let Some(hashers) = &mut self.hashers {
+            for &tensor in output.tensors.iter().flatten() {
+                hashers.restart(tensor)?;
+            }
+        }
+        self.staging.forget(&output.name)?;
+        self.notes.push(ConversionNote::WrittenAgain {
+            file: output.name.clone(),
+        });
+        Ok(false)
+    }
+
+    /// The digest of a file of the target that is there already. Its tensors are hashed as if they were
+    /// read from the source, which they were when the file was written.
+    fn digest(&mut self, output: &Output, path: &Path) -> Result<Digest> {
+        let bytes = output.assembly.bytes;
+        let assembly = Assembly {
+            bytes,
+            prefix: Vec::new(),
+            records: vec![Record {
+                at: 0,
+                content: RecordContent::Stored {
+                    file: 0,
+                    range: 0..bytes,
+                },
+            }],
+        };
+        let source = SourceFile::open(path).map_err(Error::reading)?;
+        let stream = AssemblyStream::new(
+            Arc::new(vec![assembly]),
+            vec![Arc::new(source)],
+            &self.plan.reading,
+            self.plan.buffers,
+            self.control,
+        )?;
+        let mut hasher = blake3::Hasher::new();
+        for window in stream {
+            let window = window?;
+            self.hash(output, &mut hasher, &window);
+        }
+        Ok(Digest::from_bytes(hasher.finalize().into()))
+    }
+
+    fn hash(&mut self, output: &Output, hasher: &mut blake3::Hasher, window: &Assembled) {
+        hasher.update_rayon(&window.bytes);
+        let Some(hashers) = &mut self.hashers else {
+            return;
+        };
+        for (number, record) in output.assembly.records_in(&window.range) {
+            let bytes = window.bytes_of(record);
+            for &tensor in &output.tensors[number] {
+                if stored_in_order(self.plan, tensor, record) {
+                    hashers.update(tensor, record.overlap(&window.range).start, bytes);
+                }
+            }
+        }
+    }
+
+    /// Writes files that are not finished. Returns how many bytes went past the page cache.
+    fn write(&mut self, outputs: &[&Output], sources: &[Arc<SourceFile>]) -> Result<u64> {
+        let stop = self.control.token().child();
+        let stopping = self.control.clone().with_cancel(stop.clone());
+        let assemblies: Vec<Assembly> = outputs
+            .iter()
+            .map(|output| output.assembly.clone())
+            .collect();
+        let mut stream = AssemblyStream::new(
+            Arc::new(assemblies),
+            sources.to_vec(),
+            &self.plan.reading,
+            self.plan.buffers,
+            &stopping,
+        )?;
+        let writing = Writing {
+            staging: self.staging,
+            stop,
+            control: Control::new().with_cancel(stopping.token().clone()),
+            left_bytes: AtomicU64::new(outputs.iter().map(|output| output.assembly.bytes).sum()),
+            outcome: Mutex::new(Outcome::default()),
+        };
+        let (sender, receiver) = mpsc::channel();
+        let receiver = Mutex::new(receiver);
+        let read = thread::scope(|scope| {
+            // Owned in here: the writers end when it is dropped, also by a panic.
+            let sender = sender;
+            let mut writers = Vec::new();
+            for number in 0..WRITERS {
+                let writer = thread::Builder::new()
+                    .name(format!("tensora-write-{number}"))
+                    .spawn_scoped(scope, || writing.run(&receiver));
+                match writer {
+                    Ok(writer) => writers.push(writer),
+                    // Those that run take its share.
+                    Err(_) if number > 0 => break,
+                    Err(source) => return Err(Error::Thread { source }),
+                }
+            }
+            let mut current: Option<(Arc<Writable>, blake3::Hasher)> = None;
+            let read = loop {
+                let window = match stream.next() {
+                    None => break Ok(()),
+                    Some(Err(error)) => break Err(error),
+                    Some(Ok(window)) => window,
+                };
+                let output = outputs[window.file];
+                let (file, mut hasher) = match current.take() {
+                    Some(current) => current,
+                    None => match writing.create(output) {
+                        Ok(file) => (Arc::new(file), blake3::Hasher::new()),
+                        Err(error) => break Err(error),
+                    },
+                };
+                self.hash(output, &mut hasher, &window);
+                self.control
+                    .advance(record_bytes(&output.assembly, window.range.clone()));
+                let piece = if window.ends_file {
+                    let _ = file
+                        .digest
+                        .set(Digest::from_bytes(hasher.finalize().into()));
+                    Piece::new(window, file)
+                } else {
+                    let piece = Piece::new(window, Arc::clone(&file));
+                    current = Some((file, hasher));
+                    piece
+                };
+                if sender.send(piece).is_err() {
+                    break Ok(());
+                }
+            };
+            drop(current);
+            drop(sender);
+            for writer in writers {
+                writer.join().unwrap_or_else(|panic| resume_unwind(panic));
+            }
+            read
+        });
+        self.notes
+            .extend(stream.stats().fallbacks.into_iter().map(read_buffered));
+        drop(stream);
+        let outcome = writing
+            .outcome
+            .into_inner()
+            .unwrap_or_else(PoisonError::into_inner);
+        if let Some(error) = outcome.error {
+            return Err(error);
+        }
+        read?;
+        self.notes
+            .extend(outcome.fallbacks.into_iter().map(written_buffered));
+        Ok(outcome.direct_bytes)
+    }
+
+    /// The digests of all tensors, those that the target stores with strides read once more.
+    fn digests(&mut self) -> Result<Option<ContentDigests>> {
+        let Some(mut hashers) = self.hashers.take() else {
+            return Ok(None);
+        };
+        let mut strided: Vec<usize> = Vec::new();
+        for output in &self.plan.outputs {
+            for (record, tensors) in output.assembly.records.iter().zip(&output.tensors) {
+                let is_strided = |tensor: &usize| {
+                    record.bytes() > 0 && !stored_in_order(self.plan, *tensor, record)
+                };
+                strided.extend(tensors.iter().copied().filter(is_strided));
+            }
+        }
+        let quiet = Control::new().with_cancel(self.control.token().clone());
+        hashers.read(&self.verify_options(), &strided, &quiet)?;
+        hashers.finish().map(Some)
+    }
+
+    fn verify_options(&self) -> VerifyOptions {
+        VerifyOptions::new()
+            .memory_limit_bytes(self.plan.buffers.total_bytes())
+            .reading(self.plan.reading.clone())
+    }
+
+    /// Opens what was written as a checkpoint and compares its tensors with those of the source.
+    fn read_back(&self, expected: &ContentDigests) -> Result<()> {
+        // Some files have their names already; all were compared with the journal.
+        if self.staging.is_committing() {
+            return Ok(());
+        }
+        let staged = OpenOptions::new()
+            .format(self.plan.kind.format)
+            .unfinished(UnfinishedCheckpoint::Open)
+            .open(self.staging.directory())
+            .map_err(Error::Layout)?;
+        let found = self.verify_options().digests(&staged, self.control)?;
+        let differences = differences(expected, &found);
+        if differences.is_empty() {
+            return Ok(());
+        }
+        Err(Error::NotAsRead {
+            path: self.plan.target.clone(),
+            differences: differences.iter().map(ToString::to_string).collect(),
+        })
+    }
+
+    fn copy(&self, name: &str, path: &Path) -> Result<()> {
+        self.control.check().map_err(Error::reading)?;
+        let failed = |source| Error::Companion {
+            path: path.to_owned(),
+            source,
+        };
+        let mut source = File::open(path).map_err(failed)?;
+        self.staging
+            .write_from(name, &mut source)
+            .map_err(|(path, error)| written(&path, 0, error))
+    }
+
+    fn write_small(&self, name: &str, contents: &[u8]) -> Result<()> {
+        self.staging
+            .write_from(name, &mut io::Cursor::new(contents))
+            .map_err(|(path, error)| written(&path, contents.len() as u64, error))
+    }
+}
+
+/// Whether a record holds this tensor's elements in row-major order.
+fn stored_in_order(plan: &ConversionPlan, tensor: usize, record: &Record) -> bool {
+    matches!(record.content, RecordContent::Gathered(_))
+        || plan.source.tensors()[tensor].is_contiguous()
+        || plan.kind.format == tensora_formats::Format::Safetensors
+}
+
+fn record_bytes(assembly: &Assembly, range: std::ops::Range<u64>) -> u64 {
+    let overlaps = assembly
+        .records_in(&range)
+        .map(|(_, record)| record.overlap(&range));
+    overlaps.map(|overlap| overlap.end - overlap.start).sum()
+}
+
+fn read_buffered(fallback: DirectFallback) -> ConversionNote {
+    ConversionNote::ReadBuffered {
+        path: fallback.path,
+        reason: fallback.reason,
+    }
+}
+
+fn written_buffered(fallback: DirectFallback) -> ConversionNote {
+    ConversionNote::WrittenBuffered {
+        path: fallback.path,
+        reason: fallback.reason,
+    }
+}
+
+/// A file that is being written. Whoever has its last piece finishes it.
+struct Writable {
+    name: String,
+    target: TargetFile,
+    /// Known before the last piece is sent.
+    digest: OnceLock<Digest>,
+}
+
+/// A window on its way to a writer.
+struct Piece {
+    file: Arc<Writable>,
+    offset: u64,
+    bytes: Bytes,
+}
+
+impl Piece {
+    fn new(window: Assembled, file: Arc<Writable>) -> Self {
+        Self {
+            file,
+            offset: window.range.start,
+            bytes: window.bytes,
+        }
+    }
+}
+
+/// What the writers share.
+struct Writing<'a> {
+    staging: &'a Staging,
+    /// Stops the readers when writing has failed.
+    stop: CancelToken,
+    control: Control,
+    left_bytes: AtomicU64,
+    outcome: Mutex<Outcome>,
+}
+
+#[derive(Default)]
+struct Outcome {
+    /// The first.
+    error: Option<Error>,
+    fallbacks: Vec<DirectFallback>,
+    direct_bytes: u64,
+}
+
+impl Writing<'_> {
+    fn create(&self, output: &Output) -> Result<Writable> {
+        let path = self.staging.path(&output.name)?;
+        let target = TargetFile::create(&path, output.assembly.bytes, DirectPolicy::Preferred)
+            .map_err(|error| self.failed(&path, error))?;
+        Ok(Writable {
+            name: output.name.clone(),
+            target,
+            digest: OnceLock::new(),
+        })
+    }
+
+    /// Writes pieces as they come, until there are no more.
+    fn run(&self, pieces: &Mutex<Receiver<Piece>>) {
+        loop {
+            let piece = pieces.lock().unwrap_or_else(PoisonError::into_inner).recv();
+            let Ok(piece) = piece else { return };
+            // After a failure what still comes is dropped, so that its buffers are free.
+            if self.stop.is_cancelled() {
+                continue;
+            }
+            if let Err(error) = self.write(piece) {
+                let mut outcome = self.outcome.lock().unwrap_or_else(PoisonError::into_inner);
+                // What the user stopped, or what another writer's failure stopped, is no failure.
+                if !error.is_cancelled() {
+                    outcome.error.get_or_insert(error);
+                }
+                self.stop.cancel();
+            }
+        }
+    }
+
+    fn write(&self, piece: Piece) -> Result<()> {
+        let Piece {
+            file,
+            offset,
+            bytes,
+        } = piece;
+        file.target
+            .write_all_at(&bytes, offset, &self.control)
+            .map_err(|error| self.failed(file.target.path(), error))?;
+        self.left_bytes
+            .fetch_sub(bytes.len() as u64, Ordering::Relaxed);
+        drop(bytes);
+        let Some(file) = Arc::into_inner(file) else {
+            return Ok(());
+        };
+        let Some(&digest) = file.digest.get() else {
+            return Ok(());
+        };
+        let path = file.target.path().to_owned();
+        let WriteStats {
+            bytes,
+            direct_bytes,
+            fallback,
+            ..
+        } = file
+            .target
+            .finish()
+            .map_err(|error| self.failed(&path, error))?;
+        self.staging
+            .finish(&file.name, Finished { bytes, digest })?;
+        let mut outcome = self.outcome.lock().unwrap_or_else(PoisonError::into_inner);
+        outcome.direct_bytes += direct_bytes;
+        outcome.fallbacks.extend(fallback);
+        Ok(())
+    }
+
+    /// Why a file could not be written, and how much was left to write.
+    fn failed(&self, path: &Path, error: tensora_io::Error) -> Error {
+        if error.is_cancelled() {
+            return Error::Cancelled;
+        }
+        let kind = error.io_error().map(io::Error::kind);
+        match (kind, error.io_error().and_then(io::Error::raw_os_error)) {
+            (Some(kind), Some(code)) if is_about_space(kind) => written(
+                path,
+                self.left_bytes.load(Ordering::Relaxed),
+                io::Error::from_raw_os_error(code),
+            ),
+            _ => Error::Write(error),
+        }
+    }
+}
+
+fn is_about_space(kind: io::ErrorKind) -> bool {
+    matches!(
+        kind,
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge
+    )
+}
+
+fn written(path: &Path, needed_bytes: u64, source: io::Error) -> Error {
+    match source.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Error::DiskFull {
+            path: path.to_owned(),
+            needed_bytes,
+            free_bytes: path
+                .parent()
+                .and_then(|directory| free_bytes(directory).ok().flatten()),
+            source,
+        },
+        io::ErrorKind::FileTooLarge => Error::FileTooLarge {
+            path: path.to_owned(),
+            limit_bytes: file_size_limit_bytes(),
+            source,
+        },
+        _ => refused(path, "write")(source),
+    }
+}
