@@ -345,11 +345,9 @@ impl Gatherer {
                         &read[index(begin - block.start)..index(end - block.start)],
                     );
                 }
-                if part.is_ascending() {
-                    if run.end > block.end {
-                        at += end.saturating_sub(run.start);
-                        break;
-                    }
+                if part.is_ascending() && run.end > block.end {
+                    at += end.saturating_sub(run.start);
+                    break;
                 }
                 at += run.end - run.start;
             }
@@ -375,6 +373,9 @@ fn storage(part: &TensorPart, delivered: &Range<u64>) -> Range<u64> {
     }
 }
 
+/// Takes the position of a tensor among those that are read, an offset in its data, and the bytes from there on.
+pub(crate) type Consume<'a> = dyn FnMut(usize, u64, &[u8]) -> Result<()> + 'a;
+
 /// Reads the tensors at these positions of `index` and hands their bytes, as elements in row-major
 /// order, to `consume`: the position in `tensors`, the offset within the tensor's data, and the bytes,
 /// which ascend for each tensor. A tensor without data comes once, without bytes.
@@ -387,7 +388,7 @@ pub(crate) fn read_tensors(
     reading: &Reading,
     memory_limit_bytes: u64,
     control: &Control,
-    consume: &mut dyn FnMut(usize, u64, &[u8]) -> Result<()>,
+    consume: &mut Consume<'_>,
 ) -> Result<()> {
     let (assemblies, holders) = assemble_tensors(index, tensors)?;
     let sources = index

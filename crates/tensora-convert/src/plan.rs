@@ -4,7 +4,7 @@ use std::sync::Arc;
 use tensora_formats::{CheckpointIndex, FileEntry, Format, PlannedIndex};
 use tensora_io::Control;
 
-use crate::assemble::{Assembly, plan_buffers};
+use crate::assemble::{Assembly, Record, plan_buffers};
 use crate::buffers::Buffers;
 use crate::companions::{Companion, companions};
 use crate::identity::{self, Identity};
@@ -205,7 +205,7 @@ impl ConversionPlan {
             let assembly = &output.assembly;
             let records = || assembly.records.iter().filter(|record| record.bytes() > 0);
             let prefix_bytes = assembly.prefix.len() as u64;
-            let covered_bytes: u64 = records().map(|record| record.bytes()).sum();
+            let covered_bytes: u64 = records().map(Record::bytes).sum();
             PlannedOutput {
                 tensors: output.tensors.iter().map(Vec::len).sum(),
                 data_offset: prefix_bytes,

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use tensora_formats::{OpenOptions, UnfinishedCheckpoint};
@@ -44,9 +44,41 @@ pub(crate) fn run(plan: &ConversionPlan, control: &Control) -> Result<Conversion
         check_occupancy(&plan.target, &plan.kind, plan.overwrite)?;
     }
 
+    match write_all(plan, &staging, &sources, control) {
+        Ok((data, mut report)) => {
+            // Again, because a long time may have passed.
+            let overwrite = match staging.is_committing() {
+                true => Overwrite::Replace,
+                false => plan.overwrite,
+            };
+            let replaced = check_occupancy(&plan.target, &plan.kind, overwrite)?;
+            let indexes: Vec<String> = plan.indexes.iter().map(|file| file.name.clone()).collect();
+            report.files = data.len() + indexes.len();
+            staging.commit(&data, &indexes, &replaced)?;
+            report.elapsed = start.elapsed();
+            Ok(report)
+        }
+        Err(error) => {
+            // Of a source that is gone, or on storage that loses bytes.
+            if matches!(error, Error::SourceChanged { .. } | Error::NotAsRead { .. }) {
+                staging.discard();
+            }
+            Err(error)
+        }
+    }
+}
+
+/// Writes everything where it is staged. Returns the names of all files but the indexes, and what there is to
+/// report.
+fn write_all(
+    plan: &ConversionPlan,
+    staging: &Staging,
+    sources: &[Arc<SourceFile>],
+    control: &Control,
+) -> Result<(Vec<String>, ConversionReport)> {
     let mut job = Job {
         plan,
-        staging: &staging,
+        staging,
         control,
         hashers: match (plan.checksums, plan.verify) {
             (Checksums::Omit, Verify::Skip) => None,
@@ -62,7 +94,7 @@ pub(crate) fn run(plan: &ConversionPlan, control: &Control) -> Result<Conversion
             false => missing.push(output),
         }
     }
-    let direct_bytes = job.write(&missing, &sources)?;
+    let direct_bytes = job.write(&missing, sources)?;
     for companion in &plan.companions {
         job.copy(&companion.name, &companion.path)?;
     }
@@ -84,18 +116,8 @@ pub(crate) fn run(plan: &ConversionPlan, control: &Control) -> Result<Conversion
     }
     control.check().map_err(Error::reading)?;
 
-    let notes = job.notes;
-    // Again, because a long time may have passed.
-    let overwrite = match staging.is_committing() {
-        true => Overwrite::Replace,
-        false => plan.overwrite,
-    };
-    let replaced = check_occupancy(&plan.target, &plan.kind, overwrite)?;
-    let indexes: Vec<String> = plan.indexes.iter().map(|file| file.name.clone()).collect();
-    let files = names.len() + indexes.len();
-    staging.commit(&names, &indexes, &replaced)?;
-    Ok(ConversionReport {
-        files,
+    let report = ConversionReport {
+        files: 0,
         tensors: plan.tensors(),
         data_bytes: plan.data_bytes(),
         target_bytes: plan.target_bytes(),
@@ -104,9 +126,10 @@ pub(crate) fn run(plan: &ConversionPlan, control: &Control) -> Result<Conversion
         resumed_bytes,
         direct_bytes,
         content_digest: digests.map(|digests| digests.content()),
-        elapsed: start.elapsed(),
-        notes,
-    })
+        elapsed: Duration::ZERO,
+        notes: job.notes,
+    };
+    Ok((names, report))
 }
 
 /// One run of a plan.
@@ -468,6 +491,10 @@ impl Writing<'_> {
         let Some(file) = Arc::into_inner(file) else {
             return Ok(());
         };
+        // A piece may be among those that were dropped.
+        if self.stop.is_cancelled() {
+            return Err(Error::Cancelled);
+        }
         let Some(&digest) = file.digest.get() else {
             return Ok(());
         };

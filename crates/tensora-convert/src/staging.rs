@@ -201,6 +201,11 @@ impl Staging {
         Ok(())
     }
 
+    /// Keeps nothing, because it is of no use to anybody. To be followed by dropping this.
+    pub(crate) fn discard(&self) {
+        self.progress().record.finished.clear();
+    }
+
     /// Forgets a file that is not what the journal says, and removes it.
     pub(crate) fn forget(&self, name: &str) -> Result<()> {
         {

@@ -12,7 +12,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use proptest::prelude::*;
 use tensora_convert::{
-    ConversionNote, ConvertOptions, Digest, Error, Overwrite, StoredTensor, content_digest,
+    ConversionNote, ConvertOptions, Digest, Error, Overwrite, StoredTensor, Unfinished,
+    content_digest,
 };
 use tensora_formats::{CheckpointIndex, Dtype, Format};
 use tensora_io::{CancelToken, Control, SourceFile};
@@ -237,7 +238,7 @@ fn both_dialects_hold_the_same_tensors() {
             assert_eq!(report.target_bytes, on_disk);
             assert_eq!(report.target_bytes, plan.target_bytes());
             assert_eq!((report.files, report.tensors), (2, tensors.len()));
-            let index_bytes = plan.layout().index.as_ref().unwrap().contents.len() as u64;
+            let index_bytes = plan.files().last().unwrap().bytes;
             assert_eq!(
                 plan.padding_bytes(),
                 on_disk - index_bytes - report.data_bytes
@@ -382,22 +383,14 @@ fn what_cannot_be_asked_for_is_refused() {
     let store = ConvertOptions::new(Format::ServerlessLlmStore);
     let partitioned = ConvertOptions::new(Format::ServerlessLlmPartitioned);
 
-    let error = refused(&ConvertOptions::new(Format::Safetensors), &source, &target);
-    assert!(
-        matches!(
-            error,
-            Error::UnsupportedDirection {
-                from: Format::Safetensors,
-                to: Format::Safetensors
-            }
-        ),
-        "{error}"
-    );
     let one = NonZero::<u32>::MIN;
     let error = refused(&store.clone().partitions(one), &source, &target);
     assert!(error.to_string().contains("set partition_bytes"), "{error}");
-    let error = refused(&partitioned.partition_bytes(one.into()), &source, &target);
+    let error = refused(&partitioned.clone().shards(one), &source, &target);
     assert!(error.to_string().contains("set partitions"), "{error}");
+    let both = partitioned.partitions(one).partition_bytes(one.into());
+    let error = refused(&both, &source, &target);
+    assert!(matches!(error, Error::OptionsContradict { .. }), "{error}");
     let error = refused(&store.clone().memory_limit_bytes(4096), &source, &target);
     assert!(
         matches!(
@@ -454,21 +447,25 @@ fn a_target_that_is_no_free_directory_is_refused() {
         );
     }
 
+    // What another conversion left is neither taken for granted nor thrown away.
     let target = directory.path().join("interrupted");
-    fs::create_dir(&target).unwrap();
-    let left_over = target.join(".tensor.data_0.tensora-convert");
-    fs::write(&left_over, "").unwrap();
-    let error = refused(&options, &source, &target);
-    assert!(
-        matches!(&error, Error::LeftOver { path } if *path == left_over),
-        "{error}"
-    );
-    fs::remove_file(&left_over).unwrap();
     let plan = options.plan(&source, &target).unwrap();
-    fs::write(&left_over, "somebody else's").unwrap();
-    let error = plan.run(&Control::new()).unwrap_err();
-    assert!(matches!(error, Error::LeftOver { .. }), "{error}");
-    assert_eq!(fs::read_to_string(&left_over).unwrap(), "somebody else's");
+    let staging = target.join(".tensora-convert");
+    fs::create_dir_all(&staging).unwrap();
+    fs::write(staging.join("tensor.data_0"), "somebody else's").unwrap();
+    for error in [
+        refused(&options, &source, &target),
+        plan.run(&Control::new()).unwrap_err(),
+    ] {
+        assert!(
+            matches!(&error, Error::Interrupted { path, files: 0 } if *path == staging),
+            "{error}"
+        );
+    }
+    assert_eq!(
+        fs::read_to_string(staging.join("tensor.data_0")).unwrap(),
+        "somebody else's"
+    );
 }
 
 #[cfg(unix)]
@@ -592,40 +589,62 @@ fn an_existing_checkpoint_is_refused_or_replaced() {
 }
 
 #[test]
-fn a_cancelled_conversion_leaves_nothing() {
+fn a_cancelled_conversion_leaves_what_can_be_resumed_and_nothing_else() {
     let directory = tempfile::tempdir().unwrap();
     let tensors = [
         Tensor::new("a", Dtype::U8, &[6 << 20], 1),
         Tensor::new("b", Dtype::U8, &[6 << 20], 2),
     ];
     let source = write_source(&directory.path().join("source"), &tensors, 1);
-    // Anywhere on the way: in the first buffer, in a later one, in a later partition.
-    for after_bytes in [1, 3 << 20, 7 << 20, 12 << 20] {
-        let existing = directory.path().join("existing");
-        fs::create_dir_all(&existing).unwrap();
-        let missing = directory.path().join("missing/below");
-        for target in [&existing, &missing] {
-            let token = CancelToken::new();
-            let in_callback = token.clone();
-            let read = AtomicU64::new(0);
-            let control = Control::new()
-                .with_cancel(token)
-                .with_progress(move |bytes| {
-                    if read.fetch_add(bytes, Ordering::Relaxed) + bytes >= after_bytes {
-                        in_callback.cancel();
-                    }
-                });
-            let error = ConvertOptions::new(Format::ServerlessLlmStore)
-                .memory_limit_bytes(2 << 20)
-                .partition_bytes(NonZero::new(1 << 20).unwrap())
-                .plan(&source, target)
-                .unwrap()
-                .run(&control)
-                .unwrap_err();
-            assert!(error.is_cancelled(), "{error}");
+    let existing = directory.path().join("existing");
+    fs::create_dir_all(&existing).unwrap();
+    let missing = directory.path().join("missing/below");
+    // Anywhere on the way: in the first window, in a later one, in a later partition.
+    for (after_bytes, target) in [1, 3 << 20, 7 << 20, 12 << 20]
+        .into_iter()
+        .flat_map(|bytes| [(bytes, &existing), (bytes, &missing)])
+    {
+        let token = CancelToken::new();
+        let in_callback = token.clone();
+        let read = AtomicU64::new(0);
+        let control = Control::new()
+            .with_cancel(token)
+            .with_progress(move |bytes| {
+                if read.fetch_add(bytes, Ordering::Relaxed) + bytes >= after_bytes {
+                    in_callback.cancel();
+                }
+            });
+        let options = ConvertOptions::new(Format::ServerlessLlmStore)
+            .memory_limit_bytes(2 << 20)
+            .partition_bytes(NonZero::new(1 << 20).unwrap());
+        let plan = options.plan(&source, target).unwrap();
+        let error = plan.run(&control).unwrap_err();
+        assert!(error.is_cancelled(), "{error}");
+        let kept = plan.kept().unwrap();
+        if kept.files == 0 {
+            assert!(!target.is_dir() || names(target).is_empty());
+        } else {
+            assert_eq!(names(target), [".tensora-convert"]);
+            assert!(after_bytes > 6 << 20, "the first file was not complete");
         }
-        assert!(names(&existing).is_empty(), "{:?}", names(&existing));
-        assert!(!directory.path().join("missing").exists());
+        CheckpointIndex::open(target).unwrap_err();
+
+        let report = options
+            .unfinished(Unfinished::Resume)
+            .plan(&source, target)
+            .unwrap()
+            .run(&Control::new())
+            .unwrap();
+        assert_eq!(
+            (report.resumed_files, report.resumed_bytes),
+            (kept.files, kept.bytes)
+        );
+        let converted = CheckpointIndex::open(target).unwrap();
+        assert_eq!(digest(&read_back(&converted)), digest(&tensors));
+        fs::remove_dir_all(target).unwrap();
+        if target == &existing {
+            fs::create_dir(target).unwrap();
+        }
     }
 }
 
@@ -662,14 +681,22 @@ fn a_source_that_changes_is_an_error_and_leaves_nothing() {
     set_length(length - 1);
     let error = plan.run(&Control::new()).unwrap_err();
     assert!(
-        matches!(error, Error::SourceChanged { expected_bytes, actual_bytes, .. }
-            if expected_bytes == length && actual_bytes == length - 1),
+        matches!(&error, Error::SourceChanged { how, .. }
+            if how.contains(&length.to_string()) && how.contains(&(length - 1).to_string())),
         "{error}"
     );
     assert!(!target.exists());
 
-    // Changed while it is read: seen at the end at the latest.
+    // As long as it was, but nobody knows what is in it.
     set_length(length);
+    let error = plan.run(&Control::new()).unwrap_err();
+    assert!(error.to_string().contains("written to"), "{error}");
+    assert!(!target.exists());
+
+    // Changed while it is read: seen at the end at the latest.
+    let plan = ConvertOptions::new(Format::ServerlessLlmStore)
+        .plan(&source, &target)
+        .unwrap();
     let growing = path.clone();
     let control = Control::new().with_progress(move |_| {
         let file = fs::OpenOptions::new().write(true).open(&growing).unwrap();
@@ -677,7 +704,7 @@ fn a_source_that_changes_is_an_error_and_leaves_nothing() {
     });
     let error = plan.run(&control).unwrap_err();
     assert!(
-        matches!(error, Error::SourceChanged { actual_bytes, .. } if actual_bytes == length + 1),
+        matches!(&error, Error::SourceChanged { how, .. } if how.contains(&(length + 1).to_string())),
         "{error}"
     );
     assert!(!target.exists());
@@ -704,7 +731,9 @@ fn a_checkpoint_that_appears_meanwhile_is_not_overwritten() {
     let error = plan.run(&control).unwrap_err();
     assert!(matches!(error, Error::TargetOccupied { .. }), "{error}");
     assert_eq!(fs::read_to_string(&appearing).unwrap(), "somebody else's");
-    assert_eq!(names(&target), ["tensor_index.json"]);
+    // What was converted is there to be resumed.
+    assert_eq!(names(&target), [".tensora-convert", "tensor_index.json"]);
+    assert_eq!(plan.kept().unwrap().files, 1);
 }
 
 #[cfg(unix)]

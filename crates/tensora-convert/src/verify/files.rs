@@ -26,10 +26,7 @@ pub(super) fn hash(
     control: &Control,
 ) -> Result<BTreeMap<usize, Digest>> {
     let entries: Vec<&FileEntry> = files.iter().map(|&file| &index.files()[file]).collect();
-    let sources = entries
-        .iter()
-        .map(|entry| open(entry))
-        .collect::<Result<Vec<_>>>()?;
+    let sources = entries.iter().map(open).collect::<Result<Vec<_>>>()?;
     let whole: Vec<Assembly> = entries.iter().enumerate().map(as_it_is).collect();
     let buffers = plan_buffers(
         options.memory_limit_bytes,
