@@ -7,8 +7,9 @@ use std::num::NonZero;
 
 use proptest::prelude::*;
 use tensora_formats::{
-    CheckpointIndex, CheckpointLayout, Dtype, Error, Partitioning, RecordSpec, RecordTensor,
-    STORE_PARTITION_BYTES, TensorSpec, partitioned_record_layout, store_record_layout,
+    CheckpointIndex, CheckpointLayout, DamagedTensors, Dtype, Error, Note, OpenOptions,
+    Partitioning, RecordSpec, RecordTensor, STORE_PARTITION_BYTES, TensorSpec,
+    partitioned_record_layout, store_record_layout,
 };
 
 use crate::fixture::{Directory, assert_refused};
@@ -309,6 +310,94 @@ proptest! {
             }
             _ => {}
         }
+    }
+}
+
+/// Every file cut to a length of its own (or left as it is): what is left is found, what is lost is told.
+fn assert_damage(
+    directory: &Directory,
+    layout: &CheckpointLayout,
+    records: &[RecordSpec],
+    lengths: &[u64],
+) {
+    let mut lost: BTreeMap<String, (String, u64)> = BTreeMap::new();
+    for (planned, &bytes) in layout.files.iter().zip(lengths) {
+        let path = directory.join(&planned.name);
+        let file = fs::OpenOptions::new().write(true).open(path).unwrap();
+        file.set_len(bytes).unwrap();
+        for record in &planned.tensors {
+            let end = record.offset + record.bytes;
+            if end <= bytes || record.bytes == 0 {
+                continue;
+            }
+            let present = bytes.saturating_sub(record.offset);
+            for tensor in &records[record.tensor].tensors {
+                lost.insert(tensor.name.clone(), (planned.name.clone(), present));
+            }
+        }
+    }
+    let opened = OpenOptions::new()
+        .damaged_tensors(DamagedTensors::LeaveOut)
+        .open(directory.path())
+        .unwrap();
+    let mut told = BTreeMap::new();
+    for note in opened.notes() {
+        if let Note::Damaged { file, tensors, .. } = note {
+            for tensor in tensors {
+                let place = (file.clone(), tensor.present_bytes);
+                assert!(told.insert(tensor.name.clone(), place).is_none());
+            }
+        }
+    }
+    assert_eq!(told, lost);
+    let names = |index: &CheckpointIndex| -> BTreeSet<String> {
+        index.tensors().iter().map(|t| t.name.clone()).collect()
+    };
+    let all = records.iter().flat_map(|record| &record.tensors);
+    let kept: BTreeSet<String> = all
+        .map(|tensor| tensor.name.clone())
+        .filter(|name| !lost.contains_key(name))
+        .collect();
+    assert_eq!(names(&opened), kept);
+    match CheckpointIndex::open(directory.path()) {
+        Ok(index) => {
+            assert!(lost.is_empty());
+            assert_eq!(index, opened);
+        }
+        Err(Error::PartitionsTooShort { partitions, .. }) => {
+            let tensors = partitions.iter().flat_map(|short| &short.tensors);
+            let refused: BTreeSet<&String> = tensors.map(|tensor| &tensor.name).collect();
+            assert!(!lost.is_empty() && refused.into_iter().eq(lost.keys()));
+        }
+        Err(other) => panic!("{other}"),
+    }
+}
+
+proptest! {
+    #[test]
+    fn damage_is_told_in_full(records in any_records(), seed in any::<[u8; 5]>()) {
+        let partitioning = Partitioning::Count(NonZero::new(5).unwrap());
+        let layout = partitioned_record_layout(&records, partitioning).unwrap();
+        let directory = Directory::new();
+        write(&directory, &layout);
+        let lengths: Vec<u64> = layout
+            .files
+            .iter()
+            .zip(seed)
+            // One in four stays whole.
+            .map(|(file, cut)| file.bytes * u64::from(cut).min(192) / 192)
+            .collect();
+        assert_damage(&directory, &layout, &records, &lengths);
+
+        // Only the last partition of a store can be found too short: offsets count through all.
+        let layout = store_record_layout(&records, 64).unwrap();
+        let directory = Directory::new();
+        write(&directory, &layout);
+        let mut lengths: Vec<u64> = layout.files.iter().map(|file| file.bytes).collect();
+        if let Some(last) = lengths.last_mut() {
+            *last = *last * u64::from(seed[0]).min(192) / 192;
+        }
+        assert_damage(&directory, &layout, &records, &lengths);
     }
 }
 
