@@ -758,6 +758,16 @@ pub enum Error {
         /// How long it is in bytes.
         bytes: u64,
     },
+    /// The last of several partitions of the store dialect goes on far behind the last record.
+    #[error("{}: {} follow the last tensor, which ends at byte {begin}; an earlier partition may have lost as much, and offsets count through all partitions, so that every later tensor would be read from wrong places: copy all partitions again, or, if this one is known to be written over a longer file, cut it to {begin} bytes", Shown(path), Count(*bytes, "byte"))]
+    SurplusTail {
+        /// The last partition.
+        path: PathBuf,
+        /// Where the last record ends, in bytes from the start of the partition.
+        begin: u64,
+        /// How many bytes follow.
+        bytes: u64,
+    },
     /// No tensor lies in a partition of the store dialect.
     #[error("{}: {} long, and the index puts no tensor into it; offsets count through all partitions, so that a partition of the wrong length shifts every later tensor onto wrong data: copy the index and all partitions again, or remove this one if it is left over from another checkpoint", Shown(path), Count(*bytes, "byte"))]
     UnusedPartition {

@@ -122,7 +122,7 @@ impl<'a> RegularFile<'a> {
         })
     }
 
-    /// Reads the next `count` bytes; fewer only if the file ends.
+    /// Reads the next `count` bytes, or all if the file had fewer when it was opened.
     ///
     /// `count` must be bounded by the caller: by a format's limit and by `self.bytes`.
     pub(crate) fn read(&mut self, count: u64) -> Result<Vec<u8>> {
@@ -132,6 +132,13 @@ impl<'a> RegularFile<'a> {
             .take(count)
             .read_to_end(&mut content)
             .map_err(io_error(self.path, "read"))?;
+        if (content.len() as u64) < count {
+            let shorter = io::Error::new(
+                io::ErrorKind::UnexpectedEof,
+                "it became shorter while it was being read; wait until it is written or copied",
+            );
+            return Err(io_error(self.path, "read")(shorter));
+        }
         Ok(content)
     }
 }
@@ -285,6 +292,37 @@ fn foreign(path: &Path, start: &[u8]) -> Option<Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_file_that_shrinks_is_noticed() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = &directory.path().join("m.safetensors");
+        fs::write(path, [7; 100]).unwrap();
+        let mut file = RegularFile::open(path).unwrap();
+        assert_eq!(file.read(8).unwrap(), [7; 8]);
+        OpenOptions::new()
+            .write(true)
+            .open(path)
+            .unwrap()
+            .set_len(50)
+            .unwrap();
+        let message = file.read(60).unwrap_err().to_string();
+        assert!(message.contains("m.safetensors"), "{message}");
+        assert!(message.contains("became shorter"), "{message}");
+    }
+
+    #[test]
+    fn a_file_that_is_replaced_is_read_as_it_was_opened() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = &directory.path().join("m.safetensors");
+        fs::write(path, [7; 100]).unwrap();
+        let mut file = RegularFile::open(path).unwrap();
+        let other = directory.path().join("other");
+        fs::write(&other, [8; 10]).unwrap();
+        fs::rename(other, path).unwrap();
+        assert_eq!(file.bytes, 100);
+        assert_eq!(file.read(100).unwrap(), [7; 100]);
+    }
 
     #[test]
     fn foreign_files_are_recognised_by_content() {

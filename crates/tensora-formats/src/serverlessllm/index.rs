@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use serde::de::{Deserialize, Deserializer, Error as _, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 
-use super::{PADDING_LIMIT_BYTES, partition_name, short_name};
+use super::{PADDING_LIMIT_BYTES, TAIL_LIMIT_BYTES, partition_name, short_name};
 use crate::json::{self, Array, Place, Text};
 use crate::safetensors::data_bytes;
 use crate::{
@@ -451,7 +451,7 @@ fn check_coverage(path: &Path, tensors: &[TensorEntry], partition_bytes: &[u64])
             .iter()
             .filter(|tensor| tensor.bytes > 0)
             .map(|tensor| tensor.range())
-            // Behind the very last record there is nothing to be shifted.
+            // What is behind the very last record shifts nothing itself; it is looked at below.
             .chain((!is_last).then_some(file_bytes..file_bytes));
         for range in ranges {
             let bytes = range.start.saturating_sub(covered_to);
@@ -463,6 +463,16 @@ fn check_coverage(path: &Path, tensors: &[TensorEntry], partition_bytes: &[u64])
                 });
             }
             covered_to = covered_to.max(range.end);
+        }
+        // An earlier partition that was cut off between two records has moved all later tensors towards the
+        // front. Nothing shows it but that as much is left over at the end.
+        let bytes = file_bytes.saturating_sub(covered_to);
+        if is_last && partition > 0 && bytes > TAIL_LIMIT_BYTES {
+            return Err(Error::SurplusTail {
+                path: partition_path(path, partition),
+                begin: covered_to,
+                bytes,
+            });
         }
     }
     Ok(())

@@ -21,6 +21,10 @@ const RANK_PREFIX: &str = "rank_";
 /// The most padding that follows a record in the store dialect, which aligns records to 8 bytes.
 const PADDING_LIMIT_BYTES: u64 = 7;
 
+/// The most that may follow the last record of a store of several partitions: a writer that fills the last
+/// block of a file for direct I/O adds less than this.
+const TAIL_LIMIT_BYTES: u64 = 4095;
+
 /// The name of a partition file.
 pub(crate) fn partition_name(partition: u64) -> String {
     format!("{PARTITION_PREFIX}{partition}")

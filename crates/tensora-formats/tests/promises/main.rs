@@ -6,6 +6,7 @@
 mod agreement;
 mod fixture;
 mod header_rules;
+mod hostile;
 mod layouts;
 mod messages;
 mod recognition;

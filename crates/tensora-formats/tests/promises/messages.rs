@@ -329,6 +329,11 @@ fn errors(long: &str, many: &[String]) -> Vec<Error> {
             begin: u64::MAX,
             bytes: u64::MAX,
         },
+        Error::SurplusTail {
+            path: path.clone(),
+            begin: u64::MAX,
+            bytes: u64::MAX,
+        },
         Error::UnusedPartition {
             path: path.clone(),
             bytes: u64::MAX,

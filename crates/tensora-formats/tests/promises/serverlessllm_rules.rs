@@ -695,6 +695,43 @@ fn a_long_rest_behind_the_last_record_is_noted() {
     assert_eq!(tails(&directory.join("rank_1")).len(), 1);
 }
 
+/// Three partitions of which the first lost its second half, which was a whole record, and the last has as
+/// much too many.
+#[test]
+fn a_cut_between_records_and_a_surplus_that_hides_it() {
+    let record = |name: &str, at: u64| format!(r#""{name}":[{at},4096,[4096],[1],"u8"]"#);
+    let records: Vec<String> = ["a", "b", "c", "d"]
+        .iter()
+        .zip(0..)
+        .map(|(name, at)| record(name, at * 4096))
+        .collect();
+    let text = format!("{{{}}}", records.join(","));
+    assert!(parse(&text, &[8192, 4096, 4096]).is_ok());
+    // Each tensor would be found inside a partition, but from the second on in a wrong one.
+    assert_refused!(
+        parse(&text, &[4096, 4096, 8192 + 4096]),
+        Error::SurplusTail {
+            begin: 8192,
+            bytes: 4096,
+            ..
+        },
+        Path::new(INDEX).with_file_name("tensor.data_2").display(),
+        "4096 bytes follow the last tensor",
+        "an earlier partition may have lost as much",
+        "copy all partitions again",
+        "cut it to 8192 bytes",
+    );
+    // Without the surplus, the last partition is too short for what was shifted into it.
+    assert_refused!(
+        parse(&text, &[4096, 4096, 4096]),
+        Error::PartitionsTooShort { .. },
+        r#"1 tensor damaged: "d""#,
+    );
+    // As much as a block can be filled up with, and a single partition, in which nothing is shifted.
+    assert!(parse(&text, &[8192, 4096, 4096 + 4095]).is_ok());
+    assert!(parse(&text, &[4 * 4096 + 1_000_000]).is_ok());
+}
+
 #[test]
 fn a_tensor_of_no_bytes_is_never_damaged() {
     for (there, lost, empty) in [
