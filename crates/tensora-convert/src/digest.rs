@@ -1,7 +1,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-/// A BLAKE3 digest: 32 bytes, written as 64 lower-case hexadecimal digits.
+/// A digest of 32 bytes, written as 64 lower-case hexadecimal digits: BLAKE3, unless SHA-256 is said.
 ///
 /// ```
 /// use tensora_convert::Digest;

@@ -115,8 +115,8 @@ pub enum Error {
     /// The source could not be read.
     #[error(transparent)]
     Read(tensora_io::Error),
-    /// A source file is not any more what it was when the conversion was planned.
-    #[error("{}: changed during the conversion: {how}; let its writer finish, then convert again", path.display())]
+    /// A source file is not any more what it was when the conversion was planned, or the checkpoint opened.
+    #[error("{}: changed while it was needed: {how}; let its writer finish, then start again", path.display())]
     SourceChanged {
         /// The source file.
         path: PathBuf,

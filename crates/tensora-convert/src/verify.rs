@@ -15,7 +15,8 @@ pub use compare::{Comparison, Difference, FirstDifference};
 pub use digests::{ContentDigests, TensorDigest};
 pub(crate) use digests::{TensorHashers, row_major_bytes};
 
-use crate::{ConvertOptions, Reading, Result};
+use crate::identity::{self, Identity};
+use crate::{ConvertOptions, Error, Reading, Result};
 
 /// How checkpoints are read to be digested, compared and checked.
 ///
@@ -90,8 +91,8 @@ impl VerifyOptions {
     ///
     /// # Errors
     ///
-    /// [`Error::MemoryLimit`](crate::Error::MemoryLimit); what keeps the files from being read, or shows
-    /// that they have changed since `index` was opened; [`Error::Cancelled`](crate::Error::Cancelled).
+    /// [`Error::MemoryLimit`]; what keeps the files from being read, or shows
+    /// that they have changed since `index` was opened; [`Error::Cancelled`].
     pub fn digests(&self, index: &CheckpointIndex, control: &Control) -> Result<ContentDigests> {
         self.check_memory_limit()?;
         digests::read(self, index, control)
@@ -124,7 +125,7 @@ impl VerifyOptions {
     ///
     /// # Errors
     ///
-    /// As [`digests`](Self::digests), and [`Error::Sidecar`](crate::Error::Sidecar) for a sidecar that is
+    /// As [`digests`](Self::digests), and [`Error::Sidecar`] for a sidecar that is
     /// damaged itself. Data that is not what it should be is no error.
     pub fn check(&self, index: &CheckpointIndex, control: &Control) -> Result<Verification> {
         self.check_memory_limit()?;
@@ -133,10 +134,39 @@ impl VerifyOptions {
 
     fn check_memory_limit(&self) -> Result<()> {
         if self.memory_limit_bytes < ConvertOptions::MIN_MEMORY_LIMIT_BYTES {
-            return Err(crate::Error::MemoryLimit {
+            return Err(Error::MemoryLimit {
                 limit_bytes: self.memory_limit_bytes,
                 min_bytes: ConvertOptions::MIN_MEMORY_LIMIT_BYTES,
             });
+        }
+        Ok(())
+    }
+}
+
+/// What the files of an index were when reading them began.
+struct Files<'a> {
+    index: &'a CheckpointIndex,
+    identities: Vec<Identity>,
+}
+
+impl<'a> Files<'a> {
+    fn new(index: &'a CheckpointIndex) -> Result<Self> {
+        let identities = index.files().iter().map(identity::of_path);
+        Ok(Self {
+            identities: identities.collect::<Result<_>>()?,
+            index,
+        })
+    }
+
+    /// A digest of a file that was written to meanwhile is one of nothing that ever was.
+    fn check_unchanged(&self) -> Result<()> {
+        for (file, before) in self.index.files().iter().zip(&self.identities) {
+            if identity::of_path(file)? != *before {
+                return Err(Error::SourceChanged {
+                    path: file.path.clone(),
+                    how: "it was written to, or another file took its place".to_owned(),
+                });
+            }
         }
         Ok(())
     }

@@ -26,7 +26,11 @@ pub(super) fn hash(
     control: &Control,
 ) -> Result<BTreeMap<usize, Digest>> {
     let entries: Vec<&FileEntry> = files.iter().map(|&file| &index.files()[file]).collect();
-    let sources = entries.iter().map(open).collect::<Result<Vec<_>>>()?;
+    let sources = entries
+        .iter()
+        .map(|entry| SourceFile::open(&entry.path).map(Arc::new))
+        .collect::<Result<Vec<_>, _>>()
+        .map_err(Error::reading)?;
     let whole: Vec<Assembly> = entries.iter().enumerate().map(as_it_is).collect();
     let buffers = plan_buffers(
         options.memory_limit_bytes,
@@ -34,7 +38,7 @@ pub(super) fn hash(
     )?;
     let stream = AssemblyStream::new(
         Arc::new(whole),
-        sources.clone(),
+        sources,
         &options.reading,
         buffers,
         &unwatched(control),
@@ -61,29 +65,7 @@ pub(super) fn hash(
         let digests = sha256.join().unwrap_or_else(|panic| resume_unwind(panic));
         hashed.map(|()| digests)
     })?;
-    for (source, entry) in sources.iter().zip(&entries) {
-        check_length(entry, source.current_len().map_err(Error::reading)?)?;
-    }
     Ok(files.iter().copied().zip(digests).collect())
-}
-
-fn open(entry: &&FileEntry) -> Result<Arc<SourceFile>> {
-    let source = SourceFile::open(&entry.path).map_err(Error::reading)?;
-    check_length(entry, source.len())?;
-    Ok(Arc::new(source))
-}
-
-fn check_length(entry: &FileEntry, actual_bytes: u64) -> Result<()> {
-    if actual_bytes == entry.bytes {
-        return Ok(());
-    }
-    Err(Error::SourceChanged {
-        path: entry.path.clone(),
-        how: format!(
-            "it was {} bytes long, and is {actual_bytes} now",
-            entry.bytes
-        ),
-    })
 }
 
 /// A file to be put together out of itself.
