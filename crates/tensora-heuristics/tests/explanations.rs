@@ -514,8 +514,8 @@ fn half_resident() {
         &resident(500),
         &Policy::default(),
         &expect![[r#"
-            plan         io-uring, owned memory: 2 rings of depth 8, chunks of 2 MiB, direct, what is in the
-                         page cache copied.
+            plan         sync, owned memory: 16 threads, chunks of 2 MiB, direct, what is in the page cache
+                         copied.
             load         15.26 GiB from 5 shards of SafeTensors, whole files: 399 tensors in 5 requests.
             where        ext4 on nvme0n1, 50 % of the files in the page cache; 2 CPUs; 24 GiB of memory left
                          (machine).
@@ -524,11 +524,14 @@ fn half_resident() {
                          leaves 24 GiB.
                          Not mapped: the caller has not taken on the contract of mappings.
 
-            backend      io-uring. 15.26 GiB in 5 shards is a large load, 4 GB (3.73 GiB) or more, and large
-                         loads favour rings (16.4 GB in 5 shards took 7.4 to 8.4 s with rings and 8.0 to 9.8 s
-                         with threads, benches/runs/2026-11-hand-measurements.md).
-                         Not sync: threads trail by a few per cent.
+            backend      sync. 50 % of the files is in the page cache. Threads copy that part while other
+                         threads wait for the device, which was faster than rings (with half of 6.2 GB there,
+                         rings took 1.17 times as long as threads,
+                         benches/runs/2026-11-23-2cpu-23gib-ext4-matrix/run.json).
                          Not async: it makes the same reads as sync, each handed to Tokio's blocking pool first.
+                         Not io-uring: a ring's worker submits nothing while it copies what is in memory (with
+                         half of 6.2 GB there, rings took 1.17 times as long as threads,
+                         benches/runs/2026-11-23-2cpu-23gib-ext4-matrix/run.json).
                          Not mmap: for owned memory it copies out of the page cache, after filling that (1.5 and
                          6.2 GB took 2.4 to 2.8 times as long as read directly,
                          benches/runs/2026-11-23-2cpu-23gib-ext4-matrix/run.json).
@@ -544,10 +547,10 @@ fn half_resident() {
 
             chunk        2 MiB. Long enough for the device's full speed, short enough to keep many in flight.
 
-            workers      2. One ring alone starves while its destination pages are faulted in; beyond a few
-                         there is nothing left to gain.
+            workers      16. They wait for the device rather than compute, so the device's queue decides, not
+                         the CPUs.
 
-            queue depth  8. 2 rings with more reads of 2 MiB each would exceed 32 MiB in flight.
+            queue depth  1. Only rings keep more than one read in flight per worker.
         "#]],
     );
 }

@@ -21,6 +21,8 @@ enum Regime {
     Small,
     /// Large multi-shard SafeTensors, large partitioned ServerlessLLM.
     Large,
+    /// The same, with a good part of it in the page cache.
+    LargeHalfResident,
     /// Range-access ServerlessLLM.
     Extents,
     /// Partitioned ServerlessLLM that is not large.
@@ -33,9 +35,11 @@ impl Regime {
     const fn order(self) -> [BackendKind; 4] {
         use BackendKind::{Async, IoUring, Mmap, Sync};
         match self {
-            Self::Copy | Self::Server | Self::Small | Self::SmallPartitions => {
-                [Sync, Async, IoUring, Mmap]
-            }
+            Self::Copy
+            | Self::Server
+            | Self::Small
+            | Self::SmallPartitions
+            | Self::LargeHalfResident => [Sync, Async, IoUring, Mmap],
             Self::Large => [IoUring, Sync, Async, Mmap],
             Self::Extents => [Async, Sync, IoUring, Mmap],
         }
@@ -72,6 +76,10 @@ impl Regime {
             (Self::Server, _) => {
                 "many reads at once are what a server behind a file system handles worst".to_owned()
             }
+            (Self::LargeHalfResident, _) => format!(
+                "a ring's worker submits nothing while it copies what is in memory ({})",
+                evidence::HALF_RINGS_TRAIL
+            ),
             (Self::SmallPartitions, _) => {
                 format!("rings have no lead at this size ({})", evidence::PARTITIONS)
             }
@@ -172,6 +180,18 @@ impl Case<'_> {
 
     fn regime(&self) -> Regime {
         let large = self.workload.read_bytes >= tuning::LARGE_LOAD_BYTES;
+        match self.regime_of(large) {
+            Regime::Large
+                if self.place == Place::Mixed
+                    && self.resident_percent() >= Some(tuning::PROFILE_HALF_PERCENT) =>
+            {
+                Regime::LargeHalfResident
+            }
+            regime => regime,
+        }
+    }
+
+    fn regime_of(&self, large: bool) -> Regime {
         match (self.place, self.workload.layout, self.workload.access) {
             (Place::Memory | Place::PageCache, ..) => Regime::Copy,
             (Place::Mixed, ..) if self.is_mostly_resident() => Regime::Copy,
@@ -209,6 +229,12 @@ impl Case<'_> {
             Regime::Large => format!(
                 "{size} in {files} is a large load, {large} or more, and large loads favour rings ({}).",
                 evidence::LARGE
+            ),
+            Regime::LargeHalfResident => format!(
+                "{} Threads copy that part while other threads wait for the device, which was faster than \
+                 rings ({}).",
+                self.whereabouts(),
+                evidence::HALF_RINGS_TRAIL
             ),
             Regime::Extents => format!(
                 "These are ranges of a ServerlessLLM directory, {} in {files}; tasks grouped per file \
