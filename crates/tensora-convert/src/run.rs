@@ -24,8 +24,8 @@ use crate::staging::Staging;
 use crate::target::{check_occupancy, file_size_limit_bytes, free_bytes, refused};
 use crate::verify::{TensorHashers, differences};
 use crate::{
-    Checksums, ContentDigests, ConversionNote, ConversionPlan, ConversionReport, Digest, Error,
-    Overwrite, Result, SIDECAR_NAME, Verify, VerifyOptions, sidecar,
+    Checksums, ContentDigests, ConversionNote, ConversionPlan, ConversionReport, ConvertOptions,
+    Digest, Error, Overwrite, Result, SIDECAR_NAME, Verify, VerifyOptions, sidecar,
 };
 
 /// Threads that write. Direct writes wait for the device; with more than one, it always has work.
@@ -327,8 +327,10 @@ impl Job<'_> {
     }
 
     fn verify_options(&self) -> VerifyOptions {
+        // Little data has small buffers, and no limit is lower than the least.
+        let limit_bytes = self.plan.buffers.total_bytes();
         VerifyOptions::new()
-            .memory_limit_bytes(self.plan.buffers.total_bytes())
+            .memory_limit_bytes(limit_bytes.max(ConvertOptions::MIN_MEMORY_LIMIT_BYTES))
             .reading(self.plan.reading.clone())
     }
 
