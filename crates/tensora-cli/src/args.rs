@@ -1,5 +1,7 @@
 //! What the user can say.
 
+mod conversion;
+
 use std::num::NonZero;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -13,6 +15,7 @@ use tensora::{
     ProfileChoice, Share, SliceRule,
 };
 
+pub(crate) use self::conversion::{ConvertArgs, VerifyArgs};
 use crate::units::parse_size;
 
 macro_rules! exit_statuses {
@@ -22,7 +25,7 @@ signal when interrupted (130 for Ctrl-C)."
     };
 }
 
-/// Inspect, plan, load and convert large-language-model checkpoints.
+/// Inspect, plan, load, convert and verify large-language-model checkpoints.
 ///
 /// PATH is a .safetensors file, a directory of them with or without an index file, a model in a
 /// Hugging Face cache, or a ServerlessLLM directory.
@@ -59,6 +62,7 @@ Examples:
   tensora load Qwen3-8B --digest          load it, and name its content
   tensora digest Qwen3-8B                 name its content, in bounded memory
   tensora convert Qwen3-8B out --to serverlessllm-store
+  tensora verify Qwen3-8B out             whether both hold the same tensors
   tensora doctor Qwen3-8B                 what stands in the way of loading it fast
   tensora calibrate Qwen3-8B              measure what is fastest here, for all loads to come
   tensora bench Qwen3-8B                  compare the automatic choice with every backend
@@ -79,6 +83,7 @@ pub(crate) enum Command {
     Load(LoadArgs),
     Digest(DigestArgs),
     Convert(ConvertArgs),
+    Verify(VerifyArgs),
     Doctor(DoctorArgs),
     Calibrate(CalibrateArgs),
     Bench(BenchArgs),
@@ -188,58 +193,6 @@ pub(crate) struct DigestArgs {
     /// Print the whole plan with all its reasons
     #[arg(long, help_heading = "Output")]
     pub(crate) explain: bool,
-}
-
-/// Convert a SafeTensors checkpoint into a ServerlessLLM directory
-///
-/// Everything is planned and checked before the first byte is written: directories, permissions,
-/// free space, dtypes. The files appear under their names only when all of them are complete and on
-/// the device; an error, Ctrl-C, or the signal TERM or HUP removes what was written. Memory use does
-/// not grow with the checkpoint.
-#[derive(Debug, Args)]
-#[command(after_long_help = "\
-Examples:
-  tensora convert Qwen3-8B Qwen3-8B-sllm --to serverlessllm-store
-  tensora convert Qwen3-8B Qwen3-8B-sllm --to serverlessllm-partitioned --partitions 8
-  tensora convert Qwen3-8B Qwen3-8B-sllm --to serverlessllm-store --dry-run --json")]
-pub(crate) struct ConvertArgs {
-    /// The checkpoint to convert: a file or a directory
-    pub(crate) source: PathBuf,
-
-    /// The directory to write to; made if it does not exist
-    pub(crate) target: PathBuf,
-
-    #[command(flatten)]
-    pub(crate) open: OpenArgs,
-
-    /// The format to write
-    ///
-    /// serverlessllm-store: what ServerlessLLM itself and vLLM read. serverlessllm-partitioned:
-    /// partitions of equal size, for parallel range reads.
-    #[arg(long, value_name = "FORMAT", value_parser = target_parser(), help_heading = "Target")]
-    pub(crate) to: Format,
-
-    /// Number of partitions, for serverlessllm-partitioned [default: one for each 10 GiB]
-    #[arg(long, value_name = "N", help_heading = "Target")]
-    pub(crate) partitions: Option<NonZero<u32>>,
-
-    /// Largest partition, for serverlessllm-store, for example 1GiB [default: 10GiB]
-    #[arg(long, value_name = "SIZE", value_parser = parse_positive_size, help_heading = "Target")]
-    pub(crate) partition_bytes: Option<NonZero<u64>>,
-
-    /// Replace the ServerlessLLM checkpoint, of either dialect, that is in the target directory
-    ///
-    /// It stays until the new one is complete, so there must be room for both.
-    #[arg(long, help_heading = "Target")]
-    pub(crate) force: bool,
-
-    /// Most memory that data on its way takes, for example 64MiB; at least 1MiB [default: 256MiB]
-    #[arg(long, value_name = "SIZE", value_parser = parse_size, help_heading = "Strategy")]
-    pub(crate) memory_limit: Option<u64>,
-
-    /// Plan and check everything, say what would be written, and write nothing
-    #[arg(long, help_heading = "Strategy")]
-    pub(crate) dry_run: bool,
 }
 
 /// Examine this machine, and the storage of a checkpoint
@@ -607,14 +560,6 @@ impl StreamArgs {
 
 fn format_parser() -> impl TypedValueParser<Value = Format> {
     PossibleValuesParser::new(Format::ALL.iter().map(|format| format.as_str()))
-        .try_map(|name| name.parse::<Format>())
-}
-
-fn target_parser() -> impl TypedValueParser<Value = Format> {
-    let formats = Format::ALL
-        .iter()
-        .filter(|format| format.is_serverlessllm());
-    PossibleValuesParser::new(formats.map(|format| format.as_str()))
         .try_map(|name| name.parse::<Format>())
 }
 

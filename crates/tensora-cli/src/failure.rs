@@ -1,19 +1,19 @@
 //! Errors, as the user sees them: what failed, its causes, and which option helps.
 
 use std::borrow::Cow;
-use std::fmt::Write as _;
+use std::fmt::{self, Write as _};
 use std::io::{ErrorKind, Write as _};
 use std::process::ExitCode;
 
 use clap::builder::styling::{AnsiColor, Style};
-use tensora::convert::Error as ConvertError;
+use tensora::convert::{ConversionPlan, Error as ConvertError, Kept};
 use tensora::formats::Error as FormatError;
 use tensora::heuristics::{MemoryBound, PlanError, Proposal};
 use tensora::io::Error as IoError;
 
 use crate::output::{self, OutputError, readable};
 use crate::signals;
-use crate::units::{size, size_exactly};
+use crate::units::{count, size, size_exactly};
 
 const ERROR: Style = AnsiColor::Red.on_default().bold();
 const HINT: Style = AnsiColor::Cyan.on_default().bold();
@@ -29,10 +29,76 @@ pub(crate) fn report(error: &anyhow::Error) -> ExitCode {
     let text = explain(error, output::colours(&stderr));
     // Nobody is left to tell if standard error is closed too.
     let _ = stderr.write_all(text.as_bytes());
-    match error.downcast_ref::<ConvertError>() {
+    match conversion_error(error) {
         Some(error) if error.is_cancelled() => ExitCode::from(signals::exit_status()),
         _ => ExitCode::FAILURE,
     }
+}
+
+/// A conversion that ended early, and what it left behind.
+#[derive(Debug)]
+pub(crate) struct Stopped {
+    error: ConvertError,
+    /// Unknown where it cannot be looked up.
+    kept: Option<Kept>,
+    target: String,
+}
+
+impl Stopped {
+    /// Looks up what is left.
+    pub(crate) fn new(error: ConvertError, plan: &ConversionPlan) -> Self {
+        Self {
+            error,
+            kept: plan.kept().ok(),
+            target: plan.target().display().to_string(),
+        }
+    }
+
+    /// What is left, and how to go on.
+    fn remains(&self) -> Option<String> {
+        let kept = self.kept?;
+        // It was somebody else's, or cannot be gone on with.
+        if matches!(
+            self.error,
+            ConvertError::TargetBusy { .. }
+                | ConvertError::CannotResume { .. }
+                | ConvertError::SourceChanged { .. }
+                | ConvertError::Read(IoError::UnexpectedEof { .. })
+        ) {
+            return None;
+        }
+        Some(if kept.files == 0 {
+            "no file was finished, and what was written has been removed".to_owned()
+        } else {
+            format!(
+                "{} ({}) in {}/{STAGING_NAME}: the same command with `--resume` goes on from there, \
+                 with `--restart` it begins anew",
+                count(kept.files as u64, "finished file"),
+                size(kept.bytes),
+                readable(&self.target)
+            )
+        })
+    }
+}
+
+impl fmt::Display for Stopped {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.error.fmt(f)
+    }
+}
+
+impl std::error::Error for Stopped {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.error.source()
+    }
+}
+
+/// The error of a conversion, whether or not it left something behind.
+fn conversion_error(error: &anyhow::Error) -> Option<&ConvertError> {
+    let stopped = error.downcast_ref::<Stopped>();
+    stopped
+        .map(|stopped| &stopped.error)
+        .or_else(|| error.downcast_ref())
 }
 
 fn explain(error: &anyhow::Error, coloured: bool) -> String {
@@ -46,6 +112,10 @@ fn explain(error: &anyhow::Error, coloured: bool) -> String {
     let mut text = format!("{} {}\n", label(ERROR, "error:"), message(error, "\n  "));
     if let Some(hint) = hint(error) {
         let _ = writeln!(text, "{} {hint}", label(HINT, "hint:"));
+    }
+    let stopped = error.downcast_ref::<Stopped>();
+    if let Some(remains) = stopped.and_then(Stopped::remains) {
+        let _ = writeln!(text, "{} {remains}", label(HINT, "kept:"));
     }
     text
 }
@@ -72,7 +142,7 @@ fn restated(error: &anyhow::Error) -> Option<String> {
         dtype,
         format,
         ..
-    })) = error.downcast_ref()
+    })) = conversion_error(error)
     {
         return Some(format!(
             "tensor {tensor:?} cannot be written: {format} has no name for the dtype {dtype}; \
@@ -112,7 +182,7 @@ fn restated(error: &anyhow::Error) -> Option<String> {
 
 /// The option or subcommand that helps; the libraries' messages cannot know of these.
 pub(crate) fn hint(error: &anyhow::Error) -> Option<Cow<'static, str>> {
-    if let Some(error) = error.downcast_ref::<ConvertError>() {
+    if let Some(error) = conversion_error(error) {
         return conversion_hint(error).map(Cow::Borrowed);
     }
     if let Some(tensora::Error::Plan(PlanError::DoesNotFit {
@@ -130,6 +200,9 @@ pub(crate) fn hint(error: &anyhow::Error) -> Option<Cow<'static, str>> {
     };
     hint.map(Cow::Borrowed)
 }
+
+/// Where conversions keep what they have written until it gets its place.
+const STAGING_NAME: &str = ".tensora-convert";
 
 const DOCTOR: &str = "`tensora doctor` shows which backends work here";
 
@@ -152,6 +225,16 @@ fn format_hint(error: &FormatError) -> Option<&'static str> {
     match error {
         FormatError::SeveralFormats { .. } => Some("`--format FORMAT` chooses the format"),
         FormatError::WrongFormat { .. } => Some("without `--format`, any format is accepted"),
+        FormatError::NoCheckpoint { found, .. }
+            if found.iter().any(|name| name == STAGING_NAME) =>
+        {
+            Some(
+                "a conversion to here was interrupted; the same `tensora convert` with `--resume` finishes it",
+            )
+        }
+        FormatError::PartitionsTooShort { .. } => {
+            Some("`tensora verify PATH` names every tensor that is not complete")
+        }
         FormatError::MissingRank { .. } | FormatError::MixedRankFormats { .. } => {
             Some("`--rank N` opens one rank alone")
         }
@@ -226,9 +309,13 @@ fn memory_hint(bound: MemoryBound, proposals: &[Proposal]) -> String {
 fn conversion_hint(error: &ConvertError) -> Option<&'static str> {
     match error {
         ConvertError::OptionNotForTarget { .. } => Some(
-            "`--partitions N` goes with `--to serverlessllm-partitioned`, `--partition-bytes SIZE` \
-             with `--to serverlessllm-store`",
+            "`--shards N`, `--shard-bytes SIZE`, `--align SIZE` and `--metadata KEY=VALUE` go with `--to safetensors`, \
+             `--partition-bytes SIZE` with either ServerlessLLM dialect, `--partitions N` with \
+             `--to serverlessllm-partitioned`",
         ),
+        ConvertError::SharedTensors { .. } => {
+            Some("`--tied duplicate` writes the bytes once for each of them")
+        }
         ConvertError::MemoryLimit { .. } => Some("`--memory-limit SIZE` sets the limit"),
         ConvertError::Read(IoError::Memory { .. }) => {
             Some("`--memory-limit SIZE` makes the buffers smaller, down to 1MiB")
@@ -237,7 +324,6 @@ fn conversion_hint(error: &ConvertError) -> Option<&'static str> {
             Some("a limit on address space (ulimit -v) refuses threads, too")
         }
         ConvertError::TargetOccupied { .. } => Some("`--force` replaces it"),
-        ConvertError::Cancelled => Some("what was written has been removed"),
         _ => None,
     }
 }

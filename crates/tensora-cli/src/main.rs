@@ -1,4 +1,4 @@
-//! The `tensora` command: inspect, plan, load and convert checkpoints, and examine and measure
+//! The `tensora` command: inspect, plan, load, convert and verify checkpoints, and examine and measure
 //! the machine.
 //!
 //! Every subcommand computes a report and hands it to [`output::emit`], the only place that writes
@@ -43,6 +43,7 @@ fn main() -> ExitCode {
         Command::Load(arguments) => commands::load(arguments, &console).map(done),
         Command::Digest(arguments) => commands::digest(arguments, &console).map(done),
         Command::Convert(arguments) => commands::convert(arguments, &console).map(done),
+        Command::Verify(arguments) => commands::verify(arguments, &console),
         Command::Doctor(arguments) => commands::doctor(arguments, &console),
         Command::Calibrate(arguments) => commands::calibrate(arguments, &console).map(done),
         Command::Bench(arguments) => commands::bench(arguments, &console).map(done),

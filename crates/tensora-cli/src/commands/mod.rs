@@ -10,6 +10,7 @@ mod files;
 mod inspect;
 mod load;
 mod plan;
+mod verify;
 
 pub(crate) use self::bench::bench;
 pub(crate) use self::calibrate::calibrate;
@@ -19,3 +20,4 @@ pub(crate) use self::doctor::doctor;
 pub(crate) use self::inspect::inspect;
 pub(crate) use self::load::load;
 pub(crate) use self::plan::plan;
+pub(crate) use self::verify::verify;

@@ -1,9 +1,13 @@
+use std::ffi::OsString;
 use std::fs;
 use std::path::Path;
 
 use serde_json::Value;
 
-use crate::support::{TENSOR_COUNT, args, assert_fields, data_bytes, run, sharded, single, sparse};
+use crate::support::{
+    TENSOR_COUNT, args, assert_fields, available, data_bytes, digest, names, ranks, run, sharded,
+    single, sparse, strided, tied,
+};
 
 const FIELDS: &[(&str, &str)] = &[
     ("source_format", "string"),
@@ -16,292 +20,450 @@ const FIELDS: &[(&str, &str)] = &[
     ("padding_bytes", "count"),
     ("files", "array"),
     ("notes", "array"),
+    ("reading", "object"),
 ];
 
-fn names(directory: &Path) -> Vec<String> {
-    let entries = fs::read_dir(directory).unwrap();
-    let mut names: Vec<_> = entries
-        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-        .collect();
-    names.sort();
-    names
-}
+const FORMATS: [&str; 3] = [
+    "safetensors",
+    "serverlessllm-store",
+    "serverlessllm-partitioned",
+];
 
-#[track_caller]
-fn digest(path: &Path) -> Value {
-    run(args!["load", path, "--digest", "--json"]).json()["digest"].clone()
+/// `convert SOURCE TARGET --to FORMAT`, and options.
+fn convert(source: &Path, target: &Path, format: &str, options: &[&str]) -> Vec<OsString> {
+    let arguments = args!["convert", source, target, "--to", format];
+    let options = options.iter().map(OsString::from);
+    arguments.into_iter().chain(options).collect()
 }
 
 #[test]
 fn a_dry_run_says_what_a_run_writes_and_writes_nothing() {
     let source = sharded();
+    fs::write(source.path().join("config.json"), "{}").unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    for (format, companion) in [
+        ("serverlessllm-store", "--companions"),
+        ("safetensors", "--companions"),
+        ("serverlessllm-partitioned", "--verify"),
+    ] {
+        let target = directory.path().join(format);
+        let dry = convert(
+            source.path(),
+            &target,
+            format,
+            &["--json", companion, "--dry-run"],
+        );
+        let dry = run(dry).json();
+        assert_fields(&dry, FIELDS);
+        assert_eq!(dry["dry_run"], true);
+        assert_eq!(dry.get("elapsed_seconds"), None);
+        assert!(!target.exists());
+
+        let wet = run(convert(
+            source.path(),
+            &target,
+            format,
+            &["--json", companion],
+        ));
+        let wet = wet.json();
+        assert_fields(&wet, FIELDS);
+        assert_fields(
+            &wet,
+            &[
+                ("elapsed_seconds", "number"),
+                ("bytes_per_second", "number"),
+                ("buffer_bytes", "count"),
+                ("direct_bytes", "count"),
+                ("resumed_files", "count"),
+                ("resumed_bytes", "count"),
+                ("verified", "boolean"),
+            ],
+        );
+        assert_eq!(wet["dry_run"], false);
+        assert_eq!(wet["verified"], companion == "--verify");
+        for field in [
+            "tensor_count",
+            "data_bytes",
+            "target_bytes",
+            "padding_bytes",
+            "files",
+        ] {
+            assert_eq!(dry[field], wet[field], "{field}");
+        }
+        assert_eq!(wet["tensor_count"], TENSOR_COUNT);
+        assert_eq!(wet["data_bytes"], data_bytes());
+        let mut listed = Vec::new();
+        for file in wet["files"].as_array().unwrap() {
+            assert_fields(
+                file,
+                &[
+                    ("path", "string"),
+                    ("kind", "string"),
+                    ("bytes", "count"),
+                    ("tensor_count", "count"),
+                    ("data_offset", "count"),
+                    ("padding_bytes", "count"),
+                ],
+            );
+            let name = file["path"].as_str().unwrap();
+            assert_eq!(
+                file["bytes"],
+                fs::metadata(target.join(name)).unwrap().len()
+            );
+            listed.push(name.to_owned());
+        }
+        listed.sort();
+        assert_eq!(names(&target), listed);
+    }
+}
+
+/// What people see before they decide, to the letter.
+#[test]
+fn a_dry_run_reads_well() {
+    let (_directory, source) = single();
     let directory = tempfile::tempdir().unwrap();
     let target = directory.path().join("out");
-    let convert = args![
-        "convert",
-        source.path(),
-        target,
-        "--to=serverlessllm-store",
-        "--json"
-    ];
-    let dry = run(convert.clone().into_iter().chain(args!["--dry-run"])).json();
-    assert_fields(&dry, FIELDS);
-    assert_eq!(dry["dry_run"], true);
-    assert_eq!(dry.get("elapsed_seconds"), None);
-    assert_eq!(names(directory.path()), [""; 0]);
-
-    let wet = run(&convert).json();
-    assert_fields(&wet, FIELDS);
-    assert_fields(
-        &wet,
-        &[
-            ("elapsed_seconds", "number"),
-            ("bytes_per_second", "number"),
-            ("buffer_bytes", "count"),
+    let options = ["--shards=2", "--align=4KiB", "--backend=sync", "--dry-run"];
+    let text = run(convert(&source, &target, "safetensors", &options)).text();
+    let (facts, table) = text.split_once("\n\n").unwrap();
+    let labels: Vec<&str> = facts
+        .lines()
+        .map(|line| line.split("  ").next().unwrap().trim_end())
+        .collect();
+    assert_eq!(
+        labels,
+        [
+            "from", "to", "target", "tensors", "files", "reading", "free", "dry run"
         ],
+        "{facts}"
     );
-    assert_eq!(wet["dry_run"], false);
-    for field in [
-        "tensor_count",
-        "data_bytes",
-        "target_bytes",
-        "padding_bytes",
-        "files",
-    ] {
-        assert_eq!(dry[field], wet[field], "{field}");
-    }
-    assert_eq!(wet["tensor_count"], TENSOR_COUNT);
-    assert_eq!(wet["data_bytes"], data_bytes());
-    let mut listed = Vec::new();
-    for file in wet["files"].as_array().unwrap() {
-        let name = file["path"].as_str().unwrap();
-        assert_eq!(
-            file["bytes"],
-            fs::metadata(target.join(name)).unwrap().len()
-        );
-        listed.push(name.to_owned());
-    }
-    listed.sort();
-    assert_eq!(names(&target), listed);
+    assert!(facts.contains("reading  sync, "), "{facts}");
+    assert!(facts.ends_with("nothing was written"), "{facts}");
+    let expected = "\
+file                              tensors      size   bytes  data at  aligned to  padding
+──────────────────────────────────────────────────────────────────────────────────────────
+model-00001-of-00002.safetensors        4  66.8 KiB  68,356    4,096           4        0
+model-00002-of-00002.safetensors        4  36.1 KiB  36,927    4,096       4,096        0
+model.safetensors.index.json                  519 B     519
+";
+    assert_eq!(table, expected, "{table}");
 }
 
 #[test]
-fn both_dialects_hold_the_same_content() {
+fn every_format_becomes_every_other() {
     let source = sharded();
     let expected = digest(source.path());
     let directory = tempfile::tempdir().unwrap();
-    for (format, option, partitions) in [
+    for from in FORMATS {
+        let first = directory.path().join(from);
+        run(convert(source.path(), &first, from, &[])).text();
+        for to in FORMATS {
+            let second = directory.path().join(format!("{from}-{to}"));
+            let options = ["--verify", "--checksums", "--json"];
+            let report = run(convert(&first, &second, to, &options)).json();
+            assert_eq!(report["source_format"], from);
+            assert_eq!(report["target_format"], to);
+            assert_eq!(report["digest"], expected, "{from} to {to}");
+            assert_eq!(report["verified"], true, "{from} to {to}");
+            assert_eq!(digest(&second), expected, "{from} to {to}");
+            let inspection = run(args!["inspect", second, "--json"]).json();
+            assert_eq!(inspection["format"], to);
+        }
+    }
+}
+
+#[test]
+fn files_are_as_many_and_as_large_as_was_asked_for() {
+    let source = sharded();
+    let expected = digest(source.path());
+    let directory = tempfile::tempdir().unwrap();
+    for (format, option, files) in [
         ("serverlessllm-store", "--partition-bytes=40KiB", 3),
         ("serverlessllm-store", "--memory-limit=1MiB", 1),
         ("serverlessllm-partitioned", "--partitions=3", 3),
+        ("serverlessllm-partitioned", "--partition-bytes=40KiB", 3),
         ("serverlessllm-partitioned", "--memory-limit=2MiB", 1),
+        ("safetensors", "--shards=4", 4),
+        ("safetensors", "--shard-bytes=70KB", 2),
+        ("safetensors", "--align=4KiB", 1),
     ] {
         let target = directory.path().join(format!("{format}{option}"));
-        run(args![
-            "convert",
-            source.path(),
-            target,
-            "--to",
-            format,
-            option
-        ])
-        .text();
+        run(convert(source.path(), &target, format, &[option])).text();
         let inspection = run(args!["inspect", target, "--json"]).json();
         assert_eq!(inspection["format"], format);
-        let files = inspection["files"].as_array().unwrap().len();
-        assert_eq!(files, partitions, "{format} {option}");
+        let found = inspection["files"].as_array().unwrap().len();
+        assert_eq!(found, files, "{format} {option}");
         assert_eq!(digest(&target), expected, "{format} {option}");
+        if option == "--align=4KiB" {
+            let tensors = inspection["tensors"].as_array().unwrap();
+            let first = tensors.iter().map(|tensor| &tensor["offset"]);
+            assert_eq!(first.filter_map(Value::as_u64).min(), Some(4096));
+        }
     }
+}
+
+/// A backend that was named reads, and is not replaced.
+#[test]
+fn the_backend_is_the_named_one() {
+    let (_directory, source) = single();
+    let directory = tempfile::tempdir().unwrap();
+    for kind in tensora::BackendKind::ALL {
+        let target = directory.path().join(kind.as_str());
+        let options = [format!("--backend={kind}"), "--json".to_owned()];
+        let options = [options[0].as_str(), options[1].as_str()];
+        let answer = run(convert(&source, &target, "serverlessllm-store", &options));
+        if available(kind, "a conversion by this backend") {
+            assert_eq!(answer.json()["reading"]["backend"], kind.as_str());
+            assert_eq!(digest(&target), digest(&source));
+        } else {
+            let error = answer.failure(1);
+            assert!(error.contains("tensora doctor"), "{error}");
+            assert!(!target.exists());
+        }
+    }
+}
+
+#[test]
+fn metadata_is_kept_and_added_to() {
+    let (_directory, source) = single();
+    let target = tempfile::tempdir().unwrap();
+    let options = ["--metadata=author=me", "--metadata", "note=a=b"];
+    run(convert(&source, target.path(), "safetensors", &options)).text();
+    let metadata = &run(args!["inspect", target.path(), "--json"]).json()["metadata"];
+    assert_eq!(
+        metadata,
+        &serde_json::json!({"author": "me", "format": "pt", "note": "a=b"})
+    );
+    let bad = convert(
+        &source,
+        target.path(),
+        "safetensors",
+        &["--metadata=author"],
+    );
+    assert!(run(bad).failure(2).contains("KEY=VALUE"));
+}
+
+#[test]
+fn companions_are_copied_on_request_and_named_otherwise() {
+    let source = sharded();
+    for name in ["config.json", "tokenizer.json"] {
+        fs::write(source.path().join(name), name).unwrap();
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let without = directory.path().join("without");
+    let text = run(convert(source.path(), &without, "safetensors", &[])).text();
+    assert!(
+        text.contains("\"config.json\", \"tokenizer.json\""),
+        "{text}"
+    );
+    assert!(!without.join("config.json").exists());
+    let with = directory.path().join("with");
+    run(convert(
+        source.path(),
+        &with,
+        "safetensors",
+        &["--companions"],
+    ))
+    .text();
+    for name in ["config.json", "tokenizer.json"] {
+        assert_eq!(fs::read_to_string(with.join(name)).unwrap(), name);
+    }
+}
+
+#[test]
+fn tied_tensors_are_refused_or_duplicated_where_they_cannot_stay_tied() {
+    let source = tied();
+    let directory = tempfile::tempdir().unwrap();
+    let target = directory.path().join("refused");
+    let error = run(convert(source.path(), &target, "safetensors", &[])).failure(1);
+    for part in ["\"embed\"", "\"lm_head\"", "hint: `--tied duplicate`"] {
+        assert!(error.contains(part), "{part}: {error}");
+    }
+    assert!(!target.exists());
+    let target = directory.path().join("duplicated");
+    let duplicated = convert(source.path(), &target, "safetensors", &["--tied=duplicate"]);
+    let text = run(duplicated).text();
+    assert!(text.contains("stored separately"), "{text}");
+    assert_eq!(digest(&target), digest(source.path()));
+    // Where sharing can be expressed, nothing has to be said.
+    let target = directory.path().join("tied");
+    let kept = convert(
+        source.path(),
+        &target,
+        "serverlessllm-partitioned",
+        &["--json"],
+    );
+    assert_eq!(run(kept).json()["data_bytes"], 16);
+    assert_eq!(digest(&target), digest(source.path()));
+}
+
+#[test]
+fn strides_are_gathered_where_the_target_has_none() {
+    let source = strided();
+    let directory = tempfile::tempdir().unwrap();
+    let target = directory.path().join("gathered");
+    let text = run(convert(source.path(), &target, "safetensors", &[])).text();
+    assert!(text.contains("\"transposed\""), "{text}");
+    assert_eq!(digest(&target), digest(source.path()));
+}
+
+#[test]
+fn ranks_stay_ranks_or_become_one_checkpoint() {
+    let source = ranks();
+    let directory = tempfile::tempdir().unwrap();
+    let target = directory.path().join("ranks");
+    run(convert(
+        source.path(),
+        &target,
+        "serverlessllm-partitioned",
+        &[],
+    ))
+    .text();
+    assert_eq!(names(&target), ["rank_0", "rank_1"]);
+    assert_eq!(digest(&target), digest(source.path()));
+    let target = directory.path().join("joined");
+    let text = run(convert(source.path(), &target, "safetensors", &[])).text();
+    assert!(text.contains("2 ranks become one checkpoint"), "{text}");
+    assert_eq!(digest(&target), digest(source.path()));
+    let target = directory.path().join("one");
+    let one = convert(source.path(), &target, "safetensors", &["--rank=1"]);
+    assert_eq!(
+        run(one.into_iter().chain(args!["--json"])).json()["tensor_count"],
+        1
+    );
 }
 
 #[test]
 fn replacing_takes_force() {
     let (_directory, source) = single();
     let target = tempfile::tempdir().unwrap();
-    let convert = args![
-        "convert",
-        source,
-        target.path(),
-        "--to",
-        "serverlessllm-store"
-    ];
-    run(&convert).text();
-    let error = run(&convert).failure(1);
-    assert!(error.contains("hint: `--force`"), "{error}");
-    run(convert.clone().into_iter().chain(args!["--force"])).text();
-    assert_eq!(digest(target.path()), digest(&source));
+    for format in FORMATS {
+        let target = target.path().join(format);
+        run(convert(&source, &target, format, &[])).text();
+        let before = names(&target);
+        let error = run(convert(&source, &target, format, &[])).failure(1);
+        assert!(error.contains("hint: `--force`"), "{error}");
+        assert_eq!(names(&target), before);
+        run(convert(&source, &target, format, &["--force"])).text();
+        assert_eq!(names(&target), before);
+        assert_eq!(digest(&target), digest(&source));
+    }
 }
 
 #[test]
 fn people_get_a_summary() {
     let (_directory, source) = single();
     let target = tempfile::tempdir().unwrap();
-    let convert = args![
-        "convert",
-        source,
-        target.path(),
-        "--to",
-        "serverlessllm-partitioned"
-    ];
-    let text = run(convert.clone().into_iter().chain(args!["--dry-run"])).text();
-    assert!(text.contains("nothing was written"), "{text}");
-    let text = run(&convert).text();
+    let format = "serverlessllm-partitioned";
+    let options = ["--verify", "--checksums"];
+    let text = run(convert(&source, target.path(), format, &options)).text();
     for label in [
-        "from ", "to ", "tensors ", "files ", "time ", "speed ", "note ", "file ",
+        "from ",
+        "to ",
+        "tensors ",
+        "files ",
+        "reading ",
+        "time ",
+        "speed ",
+        "verified ",
+        "digest ",
+        "note ",
+        "file ",
     ] {
         let found = text.lines().any(|line| line.starts_with(label));
         assert!(found, "{label}: {text}");
     }
     assert!(text.contains("__metadata__ dropped"), "{text}");
+    assert!(names(target.path()).contains(&"tensora.blake3".to_owned()));
 }
 
 #[test]
-fn options_of_the_other_dialect_are_refused() {
+fn options_of_another_format_are_refused() {
     let (_directory, source) = single();
     let target = tempfile::tempdir().unwrap();
     for (format, option) in [
         ("serverlessllm-store", "--partitions=2"),
-        ("serverlessllm-partitioned", "--partition-bytes=1MiB"),
+        ("serverlessllm-store", "--shards=2"),
+        ("serverlessllm-store", "--align=4KiB"),
+        ("serverlessllm-partitioned", "--shard-bytes=1MiB"),
+        ("serverlessllm-partitioned", "--metadata=a=b"),
+        ("safetensors", "--partitions=2"),
+        ("safetensors", "--partition-bytes=1MiB"),
     ] {
-        let error = run(args![
-            "convert",
-            source,
-            target.path(),
-            "--to",
-            format,
-            option
-        ])
-        .failure(1);
-        assert!(
-            error.contains("hint: `--partitions N` goes with"),
-            "{error}"
-        );
+        let error = run(convert(&source, target.path(), format, &[option])).failure(1);
+        assert!(error.contains("hint: `--shards N`"), "{option}: {error}");
     }
-    let error = run(args![
-        "convert",
-        source,
+    let low = convert(
+        &source,
         target.path(),
-        "--to",
         "serverlessllm-store",
-        "--memory-limit=1K"
-    ])
-    .failure(1);
-    assert!(error.contains("hint: `--memory-limit SIZE`"), "{error}");
+        &["--memory-limit=1K"],
+    );
+    let error = run(low).failure(1);
+    assert!(error.contains("`--memory-limit SIZE`"), "{error}");
     assert_eq!(names(target.path()), [""; 0]);
 }
 
 #[test]
-fn a_target_format_is_needed_and_must_be_one_that_is_written() {
-    for arguments in [
-        &["convert", "source", "target"][..],
-        &["convert", "source", "target", "--to", "safetensors"],
-        &[
-            "convert",
-            "source",
-            "target",
-            "--to",
-            "serverlessllm-store",
-            "--partition-bytes=0",
-        ],
+fn wrong_usage_is_told_at_once() {
+    for (options, part) in [
+        (&[][..], "--to"),
+        (&["--to", "gguf"], "safetensors"),
+        (&["--to", "safetensor"], "tip: "),
+        (&["--to=safetensors", "--align=0"], "more than 0"),
+        (&["--to=safetensors", "--partition-bytes=0"], "more than 0"),
+        (
+            &["--to=safetensors", "--shards=1", "--shard-bytes=1G"],
+            "cannot be used with",
+        ),
+        (
+            &["--to=safetensors", "--resume", "--restart"],
+            "cannot be used with",
+        ),
+        (&["--to=safetensors", "--tied=copy"], "duplicate"),
+        (&["--to=safetensors", "--verfy"], "'--verify'"),
     ] {
-        let error = run(arguments).failure(2);
-        assert!(
-            error.contains("--to") || error.contains("more than 0"),
-            "{error}"
-        );
+        let arguments = ["convert", "source", "target"];
+        let error = run(arguments.iter().chain(options)).failure(2);
+        assert!(error.contains(part), "{options:?}: {error}");
     }
 }
 
-/// A conversion that takes long enough to be interrupted, started by a shell after `prelude`.
-#[cfg(unix)]
-fn slow_conversion(prelude: &str, source: &Path, target: &Path) -> std::process::Child {
-    sparse(source, 96 << 20);
-    let program = env!("CARGO_BIN_EXE_tensora");
-    let script = format!(
-        "{prelude} exec '{program}' convert \"$0\" \"$1\" --to serverlessllm-store \
-         --memory-limit 1MiB"
-    );
-    std::process::Command::new("sh")
-        .arg("-c")
-        .arg(script)
-        .args([source, target])
-        .stdout(std::process::Stdio::piped())
-        .stderr(std::process::Stdio::piped())
-        .spawn()
-        .unwrap()
-}
-
-/// Sends the signal when the conversion is under way.
-#[cfg(unix)]
-fn signal(child: &std::process::Child, target: &Path, name: &str) {
-    use std::time::{Duration, Instant};
-
-    // A temporary file is there.
-    let deadline = Instant::now() + Duration::from_secs(20);
-    while !target.exists() || names(target).is_empty() {
-        assert!(Instant::now() < deadline, "nothing was written");
-        std::thread::sleep(Duration::from_millis(1));
-    }
-    // Not waited for yet, so the number is still the child's, even if it has ended.
-    let kill = std::process::Command::new("kill")
-        .args([&format!("-{name}"), &child.id().to_string()])
-        .status();
-    assert!(kill.unwrap().success());
-}
-
-/// An interrupt ends a conversion early and leaves nothing behind, wherever it comes.
-#[cfg(unix)]
 #[test]
-fn an_interrupt_removes_what_was_written() {
-    for (name, status) in [("INT", 130), ("TERM", 143), ("HUP", 129)] {
-        let directory = tempfile::tempdir().unwrap();
-        let source = directory.path().join("model.safetensors");
-        let target = directory.path().join("out");
-        let child = slow_conversion("", &source, &target);
-        signal(&child, &target, name);
-        let answer = crate::support::Answer::from(child.wait_with_output().unwrap());
-        // A signal that comes while the last file is renamed comes too late to stop anything.
-        if answer.status == Some(0) {
-            assert_eq!(names(&target), ["tensor.data_0", "tensor_index.json"]);
-        } else {
-            assert!(answer.failure(status).contains("cancelled"));
-            assert!(
-                !target.exists() || names(&target).is_empty(),
-                "{name}: {:?}",
-                names(&target)
-            );
+fn places_that_cannot_be_written_to_are_refused_with_a_way_out() {
+    let source = sharded();
+    let (directory, file) = single();
+    let missing = directory.path().join("missing");
+    for (from, to, parts) in [
+        (
+            missing.as_path(),
+            missing.as_path(),
+            &["no such file", "missing"][..],
+        ),
+        (source.path(), source.path(), &["directory of the source"]),
+        (
+            file.as_path(),
+            directory.path(),
+            &["directory of the source"],
+        ),
+        (source.path(), file.as_path(), &["is not a directory"]),
+    ] {
+        let error = run(convert(from, to, "serverlessllm-store", &[])).failure(1);
+        for part in parts {
+            assert!(error.contains(part), "{part}: {error}");
         }
     }
-}
-
-/// What `nohup` promises.
-#[cfg(target_os = "linux")]
-#[test]
-fn a_signal_that_was_ignored_stays_ignored() {
-    for name in ["INT", "TERM", "HUP"] {
-        let directory = tempfile::tempdir().unwrap();
-        let source = directory.path().join("model.safetensors");
-        let target = directory.path().join("out");
-        let child = slow_conversion(&format!("trap '' {name};"), &source, &target);
-        signal(&child, &target, name);
-        crate::support::Answer::from(child.wait_with_output().unwrap()).text();
-        assert_eq!(names(&target), ["tensor.data_0", "tensor_index.json"]);
-    }
-}
-
-/// A limit on file sizes (`ulimit -f`) is an error like a full disk, not a death.
-#[cfg(target_os = "linux")]
-#[test]
-fn a_limit_on_file_sizes_is_an_error_that_leaves_nothing_behind() {
-    let directory = tempfile::tempdir().unwrap();
-    let source = directory.path().join("model.safetensors");
-    let target = directory.path().join("out");
-    // Blocks of 512 bytes or of 1 KiB, depending on the shell; 8 MiB or 16 of 96.
-    let child = slow_conversion("ulimit -f 16384;", &source, &target);
-    let error = crate::support::Answer::from(child.wait_with_output().unwrap()).failure(1);
-    assert!(error.contains("limit on file sizes"), "{error}");
-    assert!(error.contains("ulimit -f"), "{error}");
-    assert!(!target.exists(), "{:?}", names(&target));
+    // Another kind of checkpoint is not replaced, not even by force.
+    let other = tempfile::tempdir().unwrap();
+    run(convert(source.path(), other.path(), "safetensors", &[])).text();
+    let mixed = convert(
+        source.path(),
+        other.path(),
+        "serverlessllm-store",
+        &["--force"],
+    );
+    let error = run(mixed).failure(1);
+    assert!(error.contains("another kind of checkpoint"), "{error}");
 }
 
 /// Buffers make do with what is left.
@@ -311,11 +473,10 @@ fn buffers_are_as_large_as_data_and_machine_allow() {
     let directory = tempfile::tempdir().unwrap();
     let source = directory.path().join("model.safetensors");
     let target = directory.path().join("out");
-    // Room for less than the 96 MiB that the buffers would take.
     let program = env!("CARGO_BIN_EXE_tensora");
-    let convert = |prelude: &str| {
+    let convert = |options: &str| {
         let script = format!(
-            "{prelude} exec '{program}' convert \"$0\" \"$1\" --to serverlessllm-store --force --json"
+            "exec '{program}' convert \"$0\" \"$1\" --to serverlessllm-store --force --json {options}"
         );
         let output = std::process::Command::new("sh")
             .args(["-c", &script])
@@ -326,11 +487,11 @@ fn buffers_are_as_large_as_data_and_machine_allow() {
             .unwrap()
     };
     sparse(&source, 96 << 20);
-    let shrunk = convert("ulimit -v 100000;");
-    assert!(shrunk < 50 << 20, "{shrunk}");
+    let limited = convert("--memory-limit 8MiB");
+    assert!(limited <= 8 << 20, "{limited}");
     sparse(&source, 400_000);
     let small = convert("");
-    assert!((400_000..420_000).contains(&small), "{small}");
+    assert!((400_000..1 << 20).contains(&small), "{small}");
 }
 
 /// What the command can do is said, not what a library could.
@@ -344,9 +505,38 @@ fn a_dtype_without_a_name_in_the_target_has_to_stay_where_it_is() {
     contents.push(0);
     fs::write(&source, contents).unwrap();
     let target = directory.path().join("out");
-    let error = run(args!["convert", source, target, "--to=serverlessllm-store"]).failure(1);
+    let error = run(convert(&source, &target, "serverlessllm-store", &[])).failure(1);
     for part in ["t.F4", "has no name for the dtype F4", "stay safetensors"] {
         assert!(error.contains(part), "{part}: {error}");
     }
     assert!(!error.contains("write SafeTensors"), "{error}");
+    run(convert(&source, &target, "safetensors", &["--verify"])).text();
+}
+
+/// Directories that are missing are made, as deep as they are, with the modes of the umask.
+#[cfg(unix)]
+#[test]
+fn what_is_written_follows_the_umask() {
+    use std::os::unix::fs::PermissionsExt;
+
+    let (_directory, source) = single();
+    let directory = tempfile::tempdir().unwrap();
+    let target = directory.path().join("a/b/out");
+    let program = env!("CARGO_BIN_EXE_tensora");
+    let script = format!(
+        "umask 027; exec '{program}' convert \"$0\" \"$1\" --to serverlessllm-store --checksums"
+    );
+    let output = std::process::Command::new("sh")
+        .args(["-c", &script])
+        .args([&source, &target])
+        .output();
+    crate::support::Answer::from(output.unwrap()).text();
+    for name in names(&target) {
+        let mode = fs::metadata(target.join(&name))
+            .unwrap()
+            .permissions()
+            .mode();
+        assert_eq!(mode & 0o777, 0o640, "{name}");
+    }
+    assert_eq!(names(&target).len(), 3);
 }

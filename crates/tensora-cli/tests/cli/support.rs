@@ -223,3 +223,65 @@ pub(crate) fn sparse(path: &Path, bytes: u64) {
     file.write_all(header.as_bytes()).unwrap();
     file.set_len(8 + header.len() as u64 + bytes).unwrap();
 }
+
+/// A SafeTensors file of `count` tensors of as many zeros each, which takes no space.
+pub(crate) fn sparse_layers(path: &Path, count: u64, bytes: u64) {
+    let tensors = (0..count).map(|layer| {
+        let (begin, end) = (layer * bytes, (layer + 1) * bytes);
+        format!(
+            r#""layers.{layer}.weight":{{"dtype":"U8","shape":[{bytes}],"data_offsets":[{begin},{end}]}}"#
+        )
+    });
+    let header = format!("{{{}}}", tensors.collect::<Vec<_>>().join(","));
+    let mut file = File::create(path).unwrap();
+    file.write_all(&(header.len() as u64).to_le_bytes())
+        .unwrap();
+    file.write_all(header.as_bytes()).unwrap();
+    file.set_len(8 + header.len() as u64 + count * bytes)
+        .unwrap();
+}
+
+/// A ServerlessLLM directory of the store dialect in which two tensors share their bytes.
+pub(crate) fn tied() -> TempDir {
+    let directory = tempfile::tempdir().unwrap();
+    let index = r#"{
+        "embed": [0, 12, [2, 3], [3, 1], "torch.float16"],
+        "lm_head": [0, 12, [2, 3], [3, 1], "torch.float16"],
+        "norm": [16, 4, [2], [1], "torch.float16"]
+    }"#;
+    fs::write(directory.path().join("tensor_index.json"), index).unwrap();
+    let data: Vec<u8> = (0..24).collect();
+    fs::write(directory.path().join("tensor.data_0"), data).unwrap();
+    directory
+}
+
+/// `rank_0` and `rank_1` side by side, with tensors of the same names.
+pub(crate) fn ranks() -> TempDir {
+    let directory = tempfile::tempdir().unwrap();
+    for rank in 0..2u8 {
+        let folder = directory.path().join(format!("rank_{rank}"));
+        fs::create_dir(&folder).unwrap();
+        let index = r#"{"w": [0, 8, [2, 2], [2, 1], "torch.float16"]}"#;
+        fs::write(folder.join("tensor_index.json"), index).unwrap();
+        fs::write(folder.join("tensor.data_0"), [rank + 1; 8]).unwrap();
+    }
+    directory
+}
+
+/// The files and directories in a directory, sorted; none if it is not there.
+pub(crate) fn names(directory: &Path) -> Vec<String> {
+    let Ok(entries) = fs::read_dir(directory) else {
+        return Vec::new();
+    };
+    let mut names: Vec<_> = entries
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    names
+}
+
+/// The content digest of a checkpoint, by loading all of it.
+#[track_caller]
+pub(crate) fn digest(path: &Path) -> Value {
+    run(args!["load", path, "--digest", "--json"]).json()["digest"].clone()
+}

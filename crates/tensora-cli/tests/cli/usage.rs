@@ -13,6 +13,7 @@ fn version_and_help_succeed() {
         "plan",
         "load",
         "convert",
+        "verify",
         "doctor",
         "calibrate",
         "bench",
