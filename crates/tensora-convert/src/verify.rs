@@ -171,9 +171,3 @@ impl<'a> Files<'a> {
         Ok(())
     }
 }
-
-/// As `control`, but without its progress callback: bytes are reported as they are digested, whatever has
-/// to be read for them.
-fn unwatched(control: &Control) -> Control {
-    control.clone().with_progress(|_| ())
-}

@@ -133,9 +133,9 @@ impl fmt::Display for Check {
 
 impl fmt::Display for CheckSubject {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Both come from files that others have written, and may hold control characters.
         match self {
-            Self::Tensor(name) => write!(f, "{name:?}"),
-            Self::File(name) => f.write_str(name),
+            Self::Tensor(name) | Self::File(name) => write!(f, "{name:?}"),
         }
     }
 }

@@ -9,7 +9,7 @@ use std::thread;
 use tensora_formats::{CheckpointIndex, Dtype};
 use tensora_io::Control;
 
-use super::{ContentDigests, VerifyOptions, digests, unwatched};
+use super::{ContentDigests, VerifyOptions, digests};
 use crate::assemble::read_tensors;
 use crate::{Error, Result};
 
@@ -236,7 +236,7 @@ impl<'a> Side<'a> {
             &[self.tensor],
             &options.reading,
             options.memory_limit_bytes / 4,
-            &unwatched(control),
+            control,
             &mut |_, _, bytes| consume(bytes),
         )
     }

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use tensora_formats::{CheckpointIndex, Dtype, TensorEntry};
 use tensora_io::Control;
 
-use super::{Files, VerifyOptions, unwatched};
+use super::{Files, VerifyOptions};
 use crate::assemble::read_tensors;
 use crate::row_major::packed_bytes;
 use crate::{ContentHasher, DataHasher, Digest, Result};
@@ -127,7 +127,7 @@ impl<'a> TensorHashers<'a> {
             tensors,
             &options.reading,
             options.memory_limit_bytes,
-            &unwatched(control),
+            control,
             &mut |position, offset, bytes| {
                 self.update(tensors[position], offset, bytes);
                 control.advance(bytes.len() as u64);

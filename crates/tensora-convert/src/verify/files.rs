@@ -11,8 +11,8 @@ use sha2::{Digest as _, Sha256};
 use tensora_formats::{CheckpointIndex, FileEntry, TensorEntry};
 use tensora_io::{Control, SourceFile};
 
+use super::VerifyOptions;
 use super::digests::TensorHashers;
-use super::{VerifyOptions, unwatched};
 use crate::assemble::{Assembled, Assembly, AssemblyStream, Record, RecordContent, plan_buffers};
 use crate::{Digest, Error, Result};
 
@@ -36,13 +36,7 @@ pub(super) fn hash(
         options.memory_limit_bytes,
         &whole.iter().collect::<Vec<_>>(),
     )?;
-    let stream = AssemblyStream::new(
-        Arc::new(whole),
-        sources,
-        &options.reading,
-        buffers,
-        &unwatched(control),
-    )?;
+    let stream = AssemblyStream::new(Arc::new(whole), sources, &options.reading, buffers, control)?;
     let digests = thread::scope(|scope| {
         // A rendezvous and no queue: the reader must not run out of buffers because one hash is slower.
         let (sender, receiver) = mpsc::sync_channel(0);
