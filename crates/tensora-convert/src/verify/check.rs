@@ -135,7 +135,8 @@ impl fmt::Display for CheckSubject {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         // Both come from files that others have written, and may hold control characters.
         match self {
-            Self::Tensor(name) | Self::File(name) => write!(f, "{name:?}"),
+            Self::Tensor(name) => write!(f, "{name:?}"),
+            Self::File(name) => write!(f, "{}", name.escape_debug()),
         }
     }
 }
