@@ -473,3 +473,15 @@ fn storage_of_one_file_is_that_files() {
 fn storage_of_nothing_is_unknown() {
     assert_eq!(StorageFacts::probe(&[]), StorageFacts::unknown());
 }
+
+#[cfg(all(target_os = "linux", not(tensora_portable)))]
+#[test]
+fn refreshing_looks_at_memory_again_and_at_nothing_else() {
+    let mut platform = Platform::probe();
+    let probed = platform.memory.available_bytes;
+    platform.memory.available_bytes = None;
+    platform.kernel = Some("kept".to_owned());
+    platform.refresh();
+    assert!(probed.is_some() && platform.memory.available_bytes.is_some());
+    assert_eq!(platform.kernel.as_deref(), Some("kept"));
+}

@@ -27,6 +27,8 @@ pub struct LazyCheckpoint {
     pub(crate) index: Arc<CheckpointIndex>,
     pub(crate) selected: Vec<usize>,
     files: Vec<LazyFile>,
+    /// What was found out of the machine when something was first planned.
+    platform: OnceLock<Platform>,
     /// Memory that the index takes.
     pub(crate) index_bytes: u64,
     pub(crate) open_elapsed: Duration,
@@ -80,6 +82,7 @@ impl LazyCheckpoint {
             index: Arc::new(index),
             selected,
             files,
+            platform: OnceLock::new(),
             open_elapsed: begun.elapsed(),
         })
     }
@@ -265,7 +268,14 @@ impl LazyCheckpoint {
 
     /// Facts about the machine and the storage of these files.
     pub(crate) fn platform(&self, files: &[FileTask<'_>]) -> Platform {
-        let mut platform = Platform::probe();
+        let mut platform = match self.platform.get() {
+            Some(known) => {
+                let mut platform = known.clone();
+                platform.refresh();
+                platform
+            }
+            None => self.platform.get_or_init(Platform::probe).clone(),
+        };
         let files: Vec<&SourceFile> = files.iter().map(|file| &**file.source).collect();
         platform.storage = (!files.is_empty()).then(|| StorageFacts::probe(&files));
         platform.profile = self.loader.profiles.find(&platform);
@@ -313,7 +323,7 @@ impl LazyCheckpoint {
         plan: &Plan,
         control: &Control,
     ) -> Result<(Loaded, ReadStats)> {
-        let backend = tensora_io::backend(plan.backend)?;
+        let backend = self.loader.backend_of(plan.backend)?;
         let placements: Vec<_> = files
             .iter()
             .map(|file| Placement::new(file.extents.clone()))
