@@ -69,8 +69,8 @@ pub(crate) struct TargetArgs {
 
     /// Begin the data of each shard at a multiple of SIZE, for safetensors, for example 4KiB [default: 8]
     ///
-    /// A power of two. With 4KiB or more, the data can be read directly as it stands; other readers of
-    /// SafeTensors accept it.
+    /// A multiple of 8. From 4KiB on, data begins on a page, which suits direct reads; every reader of
+    /// SafeTensors accepts it.
     #[arg(long, value_name = "SIZE", value_parser = parse_positive_size)]
     pub(crate) align: Option<NonZero<u64>>,
 

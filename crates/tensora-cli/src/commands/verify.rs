@@ -44,19 +44,22 @@ pub(crate) fn verify(arguments: &VerifyArgs, console: &Console) -> Result<ExitCo
         progress.finish();
         Run::new(work_bytes, begun.elapsed(), how_read(&stream), rows)
     };
-    let agrees = if let Some(other) = &arguments.other {
-        let other = open(arguments, other)?;
+    let agrees = if let Some(other_path) = &arguments.other {
+        let other = open(arguments, other_path)?;
         let other_index = other.index();
         work_bytes = work_bytes.saturating_add(VerifyOptions::work_bytes(other_index));
         let control = progress.control(work_bytes);
         let comparison = options.compare(index, other_index, &control)?;
-        let result = Compared::new(index, other_index, &comparison, run(work_bytes, begun));
+        let left = Side::new(&arguments.path, index, &comparison.left);
+        let right = Side::new(other_path, other_index, &comparison.right);
+        let result = Compared::new(left, right, &comparison, run(work_bytes, begun));
         emit(&result, console)?;
         result.agrees
     } else {
         let control = progress.control(work_bytes);
         let verification = options.check(index, &control)?;
-        let result = Checked::new(index, &verification, run(work_bytes, begun));
+        let side = Side::new(&arguments.path, index, &verification.digests);
+        let result = Checked::new(side, &verification, run(work_bytes, begun));
         emit(&result, console)?;
         result.agrees
     };
@@ -117,7 +120,7 @@ impl Run {
 /// A checkpoint that was read.
 #[derive(Serialize)]
 struct Side {
-    root: String,
+    path: String,
     format: Format,
     tensor_count: usize,
     data_bytes: u64,
@@ -137,11 +140,11 @@ struct DamagedLine {
 }
 
 impl Side {
-    fn new(index: &CheckpointIndex, digests: &ContentDigests) -> Self {
+    fn new(path: &Path, index: &CheckpointIndex, digests: &ContentDigests) -> Self {
         let is_damage = |note: &&Note| matches!(note, Note::Damaged { .. });
         let notes = index.notes().iter();
         Self {
-            root: index.root().display().to_string(),
+            path: path.display().to_string(),
             format: index.format(),
             tensor_count: index.tensors().len(),
             data_bytes: VerifyOptions::work_bytes(index),
@@ -154,9 +157,9 @@ impl Side {
         }
     }
 
-    fn add_to(&self, facts: &mut Facts) {
+    fn add_to(&self, label: &str, facts: &mut Facts) {
         facts
-            .add("checkpoint", printable(&self.root))
+            .add(label, printable(&self.path))
             .add("format", self.format.to_string())
             .add(
                 "tensors",
@@ -184,29 +187,26 @@ fn damaged_lines(note: &Note) -> Vec<DamagedLine> {
     tensors.iter().map(line).collect()
 }
 
-fn damaged_table<'a>(damaged: impl Iterator<Item = &'a DamagedLine>, rows: usize) -> String {
+/// The damaged tensors of one side, under this title; nothing where there are none.
+fn damaged_table(title: &str, damaged: &[DamagedLine], rows: usize) -> String {
+    if damaged.is_empty() {
+        return String::new();
+    }
     let mut table = Table::new(&[
-        ("damaged tensor", Column::Text),
+        (title, Column::Text),
         ("file", Column::Text),
         ("bytes", Column::Number),
         ("present", Column::Number),
     ]);
-    let mut lines = 0;
-    for line in damaged {
-        lines += 1;
-        if lines <= rows {
-            table.row([
-                printable(&line.tensor),
-                printable(&line.file),
-                grouped(line.bytes),
-                grouped(line.present_bytes),
-            ]);
-        }
+    for line in damaged.iter().take(rows) {
+        table.row([
+            printable(&line.tensor),
+            printable(&line.file),
+            grouped(line.bytes),
+            grouped(line.present_bytes),
+        ]);
     }
-    match lines {
-        0 => String::new(),
-        _ => format!("\n{}{}", table.text(), left_out(lines, rows)),
-    }
+    format!("\n{}{}", table.text(), left_out(damaged.len(), rows))
 }
 
 /// One checkpoint, and what is known of it.
@@ -297,10 +297,10 @@ impl CheckLine {
 }
 
 impl Checked {
-    fn new(index: &CheckpointIndex, verification: &Verification, run: Run) -> Self {
+    fn new(side: Side, verification: &Verification, run: Run) -> Self {
         Self {
             agrees: verification.is_sound(),
-            side: Side::new(index, &verification.digests),
+            side,
             checks: verification.checks.iter().map(CheckLine::new).collect(),
             run,
         }
@@ -358,12 +358,12 @@ impl Report for Checked {
                 format!("DAMAGED: {}", problems.join(", ")),
             ),
         );
-        self.side.add_to(&mut facts);
+        self.side.add_to("checkpoint", &mut facts);
         facts.add_each("checked", self.checked_by());
         self.run.add_to(&mut facts);
         let mut text = facts.text();
         let rows = self.run.rows;
-        text.push_str(&damaged_table(self.side.damaged.iter(), rows));
+        text.push_str(&damaged_table("damaged tensor", &self.side.damaged, rows));
         let lines: Vec<&CheckLine> = bad.collect();
         if !lines.is_empty() {
             text.push('\n');
@@ -471,14 +471,7 @@ fn first_difference(first: &FirstDifference) -> String {
 }
 
 impl Compared {
-    fn new(
-        left: &CheckpointIndex,
-        right: &CheckpointIndex,
-        comparison: &Comparison,
-        run: Run,
-    ) -> Self {
-        let left = Side::new(left, &comparison.left);
-        let right = Side::new(right, &comparison.right);
+    fn new(left: Side, right: Side, comparison: &Comparison, run: Run) -> Self {
         let differences = comparison.differences.iter();
         Self {
             // Damaged in the same way is not the same.
@@ -500,13 +493,17 @@ impl Report for Compared {
         };
         let mut facts = Facts::new();
         facts.add("verdict", verdict(self.agrees, "the same tensors", bad));
-        self.left.add_to(&mut facts);
-        self.right.add_to(&mut facts);
+        self.left.add_to("first", &mut facts);
+        self.right.add_to("second", &mut facts);
         self.run.add_to(&mut facts);
         let mut text = facts.text();
         let rows = self.run.rows;
-        let damaged = self.left.damaged.iter().chain(&self.right.damaged);
-        text.push_str(&damaged_table(damaged, rows));
+        for (title, side) in [
+            ("damaged in the first", &self.left),
+            ("damaged in the second", &self.right),
+        ] {
+            text.push_str(&damaged_table(title, &side.damaged, rows));
+        }
         if !self.differences.is_empty() {
             let mut table = Table::new(&[("tensor", Column::Text), ("differs in", Column::Text)]);
             for line in self.differences.iter().take(rows) {

@@ -16,7 +16,7 @@ const RUN_FIELDS: &[(&str, &str)] = &[
 ];
 
 const SIDE_FIELDS: &[(&str, &str)] = &[
-    ("root", "string"),
+    ("path", "string"),
     ("format", "string"),
     ("tensor_count", "count"),
     ("data_bytes", "count"),
@@ -177,7 +177,7 @@ fn two_checkpoints_are_the_same_whatever_their_formats() {
         assert_eq!(json["agrees"], true);
         assert_eq!(json["hashed_bytes"], 2 * data_bytes());
         let text = run(args!["verify", source.path(), target]).text();
-        assert!(text.starts_with("verdict     the same tensors"), "{text}");
+        assert!(text.starts_with("verdict  the same tensors"), "{text}");
     }
 }
 
@@ -228,7 +228,7 @@ fn differences_are_named_with_their_kind() {
     );
     let text = found(run(args!["verify", left, right]));
     assert!(
-        text.starts_with("verdict     DIFFERENT: 5 differences\n"),
+        text.starts_with("verdict  DIFFERENT: 5 differences\n"),
         "{text}"
     );
     let (_, table) = text.split_once("\n\n").unwrap();
@@ -277,7 +277,7 @@ fn damaged_tensors_are_named_one_by_one() {
     // Damaged in the same way is not the same.
     let text = found(run(args!["verify", source.path(), source.path()]));
     assert!(
-        text.starts_with("verdict     DAMAGED: 2 tensors not complete"),
+        text.starts_with("verdict  DAMAGED: 2 tensors not complete"),
         "{text}"
     );
 }
