@@ -40,7 +40,11 @@ mod mmap;
 mod offload;
 mod placement;
 mod platform;
-#[cfg(any(feature = "sync", feature = "async"))]
+#[cfg(any(
+    feature = "sync",
+    feature = "async",
+    all(feature = "io-uring", target_os = "linux", not(tensora_portable))
+))]
 #[allow(unsafe_code)]
 mod positioned;
 mod probe;

@@ -1,4 +1,5 @@
-//! Operations as positioned reads on the calling thread: what the sync and async backends share.
+//! Operations as positioned reads on the calling thread: what the sync and async backends share, and
+//! what rings do with files that they had better not read.
 
 use std::fs::File;
 use std::io;

@@ -30,6 +30,8 @@ const SCRATCH_BYTES: u64 = 256 << 10;
 const SCRATCH_GAP_BYTES: u64 = 16 << 10;
 /// What is said of a file that takes `O_DIRECT` at open and refuses it at read.
 const REFUSED_READS: &str = "it was opened for direct I/O, but direct reads of it fail with EINVAL";
+/// What is said of one whose direct reads end where the next one cannot begin, long before the file does.
+const RAGGED_READS: &str = "direct reads of it end inside a block, although the file does not";
 /// Alignment of scratch buffers; at least what any device needs.
 const SCRATCH_ALIGN_BYTES: usize = 64 << 10;
 /// Least length that is asked about when it counts what is in the page cache: small chunks would take a system
@@ -468,13 +470,21 @@ impl<'a> Transfer<'a> {
     }
 
     /// Position of the operation's file in the batch.
-    #[cfg(all(feature = "mmap", target_os = "linux", not(tensora_portable)))]
+    #[cfg(all(
+        any(feature = "io-uring", feature = "mmap"),
+        target_os = "linux",
+        not(tensora_portable)
+    ))]
     pub(crate) fn file_index(&self, operation: &Operation) -> usize {
         operation.file
     }
 
     /// The files of the batch.
-    #[cfg(all(feature = "mmap", target_os = "linux", not(tensora_portable)))]
+    #[cfg(all(
+        any(feature = "io-uring", feature = "mmap"),
+        target_os = "linux",
+        not(tensora_portable)
+    ))]
     pub(crate) fn sources(&self) -> impl Iterator<Item = &'a SourceFile> + '_ {
         self.files.iter().map(|file| file.source)
     }
@@ -511,18 +521,44 @@ impl<'a> Transfer<'a> {
             operation.done = resume;
             return Next::Again;
         }
-        // Nothing new: the file ends here.
-        let file = self.files[operation.file].source;
+        // Nothing new: the file ends here, or so it seems.
+        let file = &self.files[operation.file];
+        let found_end = operation.offset + reached as u64;
+        let file_end = file.source.current_len().unwrap_or(found_end);
+        if operation.direct && file_end > found_end {
+            // File systems that fetch from elsewhere return what has arrived, wherever that ends.
+            if file.policy == DirectPolicy::Preferred {
+                self.give_up_direct(operation, RAGGED_READS);
+                operation.done = reached;
+                return Next::Again;
+            }
+            if count > 0 {
+                self.fail(Error::DirectUnsupported {
+                    path: file.source.path().to_owned(),
+                    reason: RAGGED_READS.to_owned(),
+                });
+                return Next::Failed;
+            }
+        }
         self.fail(Error::UnexpectedEof {
-            path: file.path().to_owned(),
+            path: file.source.path().to_owned(),
             offset: operation.offset,
             expected_end: operation.offset + operation.needed as u64,
-            actual_end: file
-                .current_len()
-                .unwrap_or(operation.offset + reached as u64)
-                .min(operation.offset + reached as u64),
+            actual_end: file_end.min(found_end),
         });
         Next::Failed
+    }
+
+    /// Reads this operation buffered from here on, and those of its file that come later.
+    fn give_up_direct(&self, operation: &mut Operation, reason: &str) {
+        let file = &self.files[operation.file];
+        operation.direct = false;
+        if !file.refused.swap(true, Ordering::Relaxed) {
+            lock(&self.fallbacks).push(DirectFallback {
+                path: file.source.path().to_owned(),
+                reason: reason.to_owned(),
+            });
+        }
     }
 
     fn refused(&self, operation: &mut Operation, error: io::Error) -> Next {
@@ -542,13 +578,7 @@ impl<'a> Transfer<'a> {
             io::ErrorKind::InvalidInput
                 if operation.direct && file.policy == DirectPolicy::Preferred =>
             {
-                operation.direct = false;
-                if !file.refused.swap(true, Ordering::Relaxed) {
-                    lock(&self.fallbacks).push(DirectFallback {
-                        path: file.source.path().to_owned(),
-                        reason: REFUSED_READS.to_owned(),
-                    });
-                }
+                self.give_up_direct(operation, REFUSED_READS);
                 return Next::Again;
             }
             io::ErrorKind::InvalidInput if operation.direct => {

@@ -1,10 +1,10 @@
 //! What tests need to make a machine hostile: filters for system calls, file systems of their own, processes of
 //! their own, and signals.
-#![cfg(all(feature = "testing", target_os = "linux", not(tensora_portable)))]
 // Each test uses a part of it.
 #![allow(dead_code, clippy::unwrap_used)]
 
 use std::ffi::CString;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Output};
 use std::time::Duration;
@@ -19,24 +19,36 @@ const CHILD: &str = "TENSORA_TEST_CHILD";
 /// A system call that the kernel shall answer with an error number.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Denied {
-    pub(crate) call: libc::c_long,
-    /// Only for this descriptor, which is then the call's first argument.
-    pub(crate) descriptor: Option<i32>,
-    pub(crate) errno: i32,
+    call: libc::c_long,
+    errno: i32,
+    /// Only where this argument, counted from 0, is so.
+    only: Option<(u32, Argument)>,
+}
+
+/// The low 32 bits of an argument of a system call.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Argument {
+    Is(u32),
+    IsAtLeast(u32),
 }
 
 impl Denied {
     pub(crate) fn new(call: libc::c_long, errno: i32) -> Self {
         Self {
             call,
-            descriptor: None,
             errno,
+            only: None,
         }
     }
 
+    /// Only for this descriptor, where a descriptor is the call's first argument.
     pub(crate) fn of(self, descriptor: i32) -> Self {
+        self.only(0, Argument::Is(descriptor.cast_unsigned()))
+    }
+
+    pub(crate) fn only(self, place: u32, argument: Argument) -> Self {
         Self {
-            descriptor: Some(descriptor),
+            only: Some((place, argument)),
             ..self
         }
     }
@@ -47,7 +59,12 @@ impl Denied {
 pub(crate) fn deny(denied: &[Denied]) -> bool {
     const WORD: u32 = libc::BPF_LD | libc::BPF_W | libc::BPF_ABS;
     const EQUAL: u32 = libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K;
+    const AT_LEAST: u32 = libc::BPF_JMP | libc::BPF_JGE | libc::BPF_K;
     const RETURN: u32 = libc::BPF_RET | libc::BPF_K;
+    // What a filter sees begins with the number of the call; the arguments, of 64 bits each, begin at byte 16.
+    const NUMBER: u32 = 0;
+    let argument_at =
+        |place: u32| 16 + 8 * place + if cfg!(target_endian = "little") { 0 } else { 4 };
     let statement = |code: u32, jump_if_true, jump_if_false, value| libc::sock_filter {
         code: u16::try_from(code).unwrap(),
         jt: jump_if_true,
@@ -58,21 +75,21 @@ pub(crate) fn deny(denied: &[Denied]) -> bool {
     for denied in denied {
         let answer = libc::SECCOMP_RET_ERRNO | denied.errno.cast_unsigned();
         let number = u32::try_from(denied.call).unwrap();
-        // The number of the system call is the first field of what a filter sees, the low half of the first
-        // argument stands at byte 16 (at 20 where the high half comes first).
-        program.push(statement(WORD, 0, 0, 0));
-        match denied.descriptor {
-            None => program.push(statement(EQUAL, 0, 1, number)),
-            Some(descriptor) => {
-                let low = if cfg!(target_endian = "little") {
-                    16
-                } else {
-                    20
-                };
-                program.push(statement(EQUAL, 0, 3, number));
-                program.push(statement(WORD, 0, 0, low));
-                program.push(statement(EQUAL, 0, 1, descriptor.cast_unsigned()));
-            }
+        program.push(statement(WORD, 0, 0, NUMBER));
+        // Where the call is another, jump behind the answer.
+        program.push(statement(
+            EQUAL,
+            0,
+            if denied.only.is_some() { 3 } else { 1 },
+            number,
+        ));
+        if let Some((place, argument)) = denied.only {
+            let (compare, value) = match argument {
+                Argument::Is(value) => (EQUAL, value),
+                Argument::IsAtLeast(value) => (AT_LEAST, value),
+            };
+            program.push(statement(WORD, 0, 0, argument_at(place)));
+            program.push(statement(compare, 0, 1, value));
         }
         program.push(statement(RETURN, 0, 0, answer));
     }
@@ -174,6 +191,27 @@ pub(crate) fn in_child(test: &str, prepare: impl FnOnce(&mut Command)) -> Option
         String::from_utf8_lossy(&output.stderr)
     );
     Some(output)
+}
+
+/// Whether a process can have mounts that nobody else sees.
+pub(crate) fn has_own_mounts() -> bool {
+    on_a_thread(|| {
+        // SAFETY: as in `with_mount`; the thread ends at once.
+        unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS) }.is_ok()
+    })
+}
+
+/// Gives the process to be started mounts of its own: what it mounts, nobody else sees, and it is gone with it.
+pub(crate) fn with_own_mounts(command: &mut Command) {
+    let unshare = || {
+        // SAFETY: as in `with_mount`.
+        unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS) }?;
+        let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+        Ok(rustix::mount::mount_change("/", private)?)
+    };
+    // SAFETY: between fork and exec, `unshare` makes two system calls and does not allocate: its paths are short
+    // enough for the stack.
+    unsafe { command.pre_exec(unshare) };
 }
 
 /// Makes `SIGUSR2` interrupt system calls and do nothing else, from now on, in this process.
