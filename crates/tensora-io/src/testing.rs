@@ -13,8 +13,11 @@
 //! ```
 //!
 //! What cannot be checked on a machine is skipped through [`skip`], never silently.
+//!
+//! For the callers of backends there is [`FaultBackend`], which makes reads go wrong.
 
 mod direct;
+mod faults;
 mod fixture;
 mod interruption;
 mod ranges;
@@ -28,6 +31,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::Duration;
 
 use crate::Backend;
+pub use faults::{Fault, FaultBackend, Faults};
 use fixture::Trial;
 
 /// How a check is run.

@@ -244,7 +244,7 @@ pub(super) fn open(path: &Path) -> SourceFile {
 }
 
 /// FNV-1a.
-fn digest(text: &str) -> u64 {
+pub(super) fn digest(text: &str) -> u64 {
     text.bytes().fold(0xCBF2_9CE4_8422_2325, |hash, byte| {
         (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01B3)
     })
