@@ -1,6 +1,7 @@
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use serde::Serialize;
 use tensora::convert::{
     Checksums, Companions, ConversionPlan, ConversionReport, ConvertOptions, OutputKind, Overwrite,
@@ -75,6 +76,7 @@ struct Done {
 }
 
 pub(crate) fn convert(arguments: &ConvertArgs, console: &Console) -> Result<()> {
+    check_metadata(&arguments.target_args.metadata)?;
     let loader = arguments.open.loader(&arguments.policy);
     let checkpoint = loader.open(&arguments.source)?;
     let stream = checkpoint.stream_plan()?;
@@ -96,6 +98,15 @@ pub(crate) fn convert(arguments: &ConvertArgs, console: &Console) -> Result<()> 
     progress.finish();
     conversion.finish(&report, arguments.run.verify);
     emit(&conversion, console)
+}
+
+/// A key has one value; which one is meant is not guessed.
+fn check_metadata(metadata: &[(String, String)]) -> Result<()> {
+    let mut keys = BTreeSet::new();
+    match metadata.iter().find(|(key, _)| !keys.insert(key)) {
+        Some((key, _)) => bail!("`--metadata` gives {key:?} twice; leave one of them out"),
+        None => Ok(()),
+    }
 }
 
 /// Reads as the planner of streams says.

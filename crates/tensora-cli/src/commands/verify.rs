@@ -326,7 +326,11 @@ impl Checked {
             }
         }
         if lines.is_empty() {
-            lines.push("every byte can be read; nothing here says what they should be".to_owned());
+            let read = match self.side.damaged.len() {
+                0 => "every byte can be read",
+                _ => "the other tensors can be read",
+            };
+            lines.push(format!("{read}; nothing here says what they should be"));
         }
         lines
     }

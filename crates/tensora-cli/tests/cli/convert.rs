@@ -241,6 +241,9 @@ fn metadata_is_kept_and_added_to() {
         &["--metadata=author"],
     );
     assert!(run(bad).failure(2).contains("KEY=VALUE"));
+    let twice = ["--metadata=a=1", "--metadata=a=2", "--force"];
+    let error = run(convert(&source, target.path(), "safetensors", &twice)).failure(1);
+    assert!(error.contains("gives \"a\" twice"), "{error}");
 }
 
 #[test]

@@ -263,6 +263,7 @@ fn damaged_tensors_are_named_one_by_one() {
         text.starts_with("verdict     DAMAGED: 1 tensor not complete"),
         "{text}"
     );
+    assert!(text.contains("the other tensors can be read"), "{text}");
     let line = text.lines().find(|line| line.starts_with("transposed"));
     let words: Vec<&str> = line.unwrap().split_whitespace().collect();
     assert_eq!(words, ["transposed", "tensor.data_0", "12", "4"], "{text}");
