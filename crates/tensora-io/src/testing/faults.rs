@@ -94,7 +94,7 @@ impl fmt::Display for Fault {
 /// use tensora_io::testing::{Fault, FaultBackend, Faults};
 /// use tensora_io::{BackendKind, backend};
 ///
-/// let faults = Faults::survived(42).with_fault_at("model.safetensors", 1 << 20, Fault::IoError);
+/// let faults = Faults::survived(42).with_fault_at("data-3", 1 << 20, Fault::IoError);
 /// let backend = FaultBackend::new(Arc::from(backend(BackendKind::Sync)?), faults);
 /// # Ok::<(), tensora_io::Error>(())
 /// ```
