@@ -10,7 +10,8 @@ use tensora_heuristics::{BackendChoice, CacheChoice, DirectChoice, MemoryChoice,
 #[cfg(feature = "mmap")]
 use tensora_io::MappingPermit;
 use tensora_io::{
-    BackendKind, CancelToken, Control, DirectPolicy, Platform, ProfileFact, ProfileStore, offload,
+    Backend, BackendKind, CancelToken, Control, DirectPolicy, Platform, ProfileFact, ProfileStore,
+    offload,
 };
 
 use crate::selection::Selection;
@@ -72,6 +73,8 @@ type ProgressFn = dyn Fn(LoadProgress) + Send + Sync;
 #[derive(Clone, Default)]
 pub struct Loader {
     pub(crate) policy: Policy,
+    /// Given by the caller, and of the kind that the policy names.
+    own_backend: Option<Arc<dyn Backend>>,
     pub(crate) selection: Selection,
     pub(crate) slices: SliceRules,
     pub(crate) rank: Option<(u32, u32)>,
@@ -102,6 +105,52 @@ impl Loader {
     #[must_use]
     pub fn backend_choice(mut self, choice: BackendChoice) -> Self {
         self.policy.backend = choice;
+        self.own_backend = None;
+        self
+    }
+
+    /// Reads with a backend of the caller's own: one that wraps another to count, slow down or disturb its reads, or one
+    /// that fetches the bytes of files some other way.
+    ///
+    /// The plan is made for its [`kind`](Backend::kind), which therefore has to be one that can run on this machine.
+    /// Every load and stream of this loader reads tensors through it; metadata is read as always. Memory is owned, since
+    /// a mapping is read through no backend, unless [`memory`](Self::memory) says otherwise later.
+    ///
+    /// ```no_run
+    /// use std::sync::Arc;
+    /// use tensora::io::{self, Backend, BackendKind, Control, ReadRequest, ReadStats, TransferParams};
+    ///
+    /// /// Says what is read.
+    /// #[derive(Debug)]
+    /// struct Tracing(Box<dyn Backend>);
+    ///
+    /// impl Backend for Tracing {
+    ///     fn kind(&self) -> BackendKind {
+    ///         self.0.kind()
+    ///     }
+    ///
+    ///     fn read(
+    ///         &self,
+    ///         requests: Vec<ReadRequest<'_>>,
+    ///         params: &TransferParams,
+    ///         control: &Control,
+    ///     ) -> io::Result<ReadStats> {
+    ///         for request in &requests {
+    ///             println!("{} from byte {}", request.file.path().display(), request.offset);
+    ///         }
+    ///         self.0.read(requests, params, control)
+    ///     }
+    /// }
+    ///
+    /// let backend = Arc::new(Tracing(io::backend(BackendKind::Sync)?));
+    /// let checkpoint = tensora::Loader::new().read_with(backend).load("Qwen3-8B")?;
+    /// # Ok::<(), tensora::Error>(())
+    /// ```
+    #[must_use]
+    pub fn read_with(mut self, backend: Arc<dyn Backend>) -> Self {
+        self.policy.backend = BackendChoice::Named(backend.kind());
+        self.policy.memory = MemoryChoice::Owned;
+        self.own_backend = Some(backend);
         self
     }
 
@@ -319,6 +368,14 @@ impl Loader {
         offload(dropped, move || loader.load(path))?.await
     }
 
+    /// The caller's own backend, or the one of the kind that was planned.
+    pub(crate) fn backend_of(&self, planned: BackendKind) -> Result<Arc<dyn Backend>> {
+        match &self.own_backend {
+            Some(own) => Ok(Arc::clone(own)),
+            None => Ok(tensora_io::backend(planned)?.into()),
+        }
+    }
+
     /// What a backend needs to know of progress and cancellation, for `total_bytes` to come.
     pub(crate) fn control(&self, total_bytes: u64) -> Control {
         let control = Control::new().with_cancel(self.cancel.clone());
@@ -344,6 +401,7 @@ impl std::fmt::Debug for Loader {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Loader")
             .field("policy", &self.policy)
+            .field("own_backend", &self.own_backend)
             .field("selection", &self.selection)
             .field("slices", &self.slices)
             .field("rank", &self.rank)

@@ -227,7 +227,7 @@ impl LazyCheckpoint {
         let gathered = numbers.iter().map(|&at| parts[at].clone()).collect();
         let cut = self.cut(gathered, &self.window_policy(plan), 0, StreamOrder::File)?;
         let (files, windows) = cut.reads();
-        let backend = Arc::from(tensora_io::backend(cut.plan.backend)?);
+        let backend = self.loader.backend_of(cut.plan.backend)?;
         let mut stream = RangeStream::new(
             files,
             windows,
@@ -274,7 +274,7 @@ impl LazyCheckpoint {
             .collect();
         let cut = self.cut(regions, &self.window_policy(plan), 0, StreamOrder::File)?;
         let (files, windows) = cut.reads();
-        let backend = Arc::from(tensora_io::backend(cut.plan.backend)?);
+        let backend = self.loader.backend_of(cut.plan.backend)?;
         let mut everybody = RankSet::new();
         (0..world).for_each(|rank| everybody.insert(rank));
         let windows = windows.into_iter().map(|window| SharedWindow {

@@ -14,7 +14,7 @@ use tensora_formats::{
 };
 use tensora_heuristics::{Policy, StreamPlan};
 use tensora_io::{
-    Control, FilledWindow, Placement, RangeStream, ReadExtent, ReadWindow, SourceFile,
+    Backend, Control, FilledWindow, Placement, RangeStream, ReadExtent, ReadWindow, SourceFile,
     StreamParams, StreamStats,
 };
 
@@ -206,11 +206,13 @@ impl LazyCheckpoint {
         let order = self.loader.stream_order;
         let cut = self.cut(parts, &self.loader.policy, self.index_bytes, order)?;
         let control = self.loader.control(cut.read_bytes());
+        let backend = self.loader.backend_of(cut.plan.backend)?;
         TensorStream::new(
             tensors,
             cut,
             Arc::clone(&self.index),
             self.loader.lease_timeout,
+            backend,
             control,
             begun,
         )
@@ -434,6 +436,7 @@ impl TensorStream {
         cut: Cut,
         index: Arc<CheckpointIndex>,
         lease_timeout: Option<Duration>,
+        backend: Arc<dyn Backend>,
         control: Control,
         begun: Instant,
     ) -> Result<Self> {
@@ -447,7 +450,6 @@ impl TensorStream {
                 Ok(())
             })
         };
-        let backend = Arc::from(tensora_io::backend(cut.plan.backend)?);
         let windows = RangeStream::with_hook(
             files,
             windows,
