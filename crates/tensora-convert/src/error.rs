@@ -248,7 +248,7 @@ pub enum Error {
         differences: Vec<String>,
     },
     /// The operating system refused an operation on the target.
-    #[error("{}: could not {operation}: {source}", path.display())]
+    #[error("{}: could not {operation}: {source}{}", path.display(), elsewhere(source))]
     Target {
         /// What was being done, as a verb: `create`, `write`, `rename`.
         operation: &'static str,
@@ -290,6 +290,17 @@ pub enum Error {
     /// The caller's cancellation token was set. What a conversion has finished is kept to be resumed.
     #[error("cancelled")]
     Cancelled,
+}
+
+/// What a user can do where a place cannot be written to.
+fn elsewhere(source: &io::Error) -> &'static str {
+    match source.kind() {
+        io::ErrorKind::ReadOnlyFilesystem => "; choose a place that can be written to",
+        io::ErrorKind::PermissionDenied => {
+            "; check its permissions, or choose a place that can be written to"
+        }
+        _ => "",
+    }
 }
 
 /// A number of files.

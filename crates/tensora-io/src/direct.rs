@@ -23,7 +23,7 @@ pub(crate) enum DirectRefusal {
     #[error("{reason}")]
     Unsupported { reason: String },
     /// Finding out failed, for a reason that may pass.
-    #[error("opening it once more for direct I/O failed: {source}")]
+    #[error("opening it once more for direct I/O failed: {source}{}", crate::error::remedy(.source))]
     Failed { source: Arc<io::Error> },
 }
 

@@ -190,7 +190,7 @@ pub enum Error {
     },
 
     /// A thread, runtime or ring that a backend works with could not be made or failed.
-    #[error("the {backend} backend failed to {operation}: {source}")]
+    #[error("the {backend} backend failed to {operation}: {source}; {}", backend_remedy(.source))]
     Backend {
         /// The backend.
         backend: BackendKind,
@@ -361,7 +361,7 @@ impl Error {
 }
 
 /// What a user can do about the answers that the operating system gives most often.
-fn remedy(source: &io::Error) -> &'static str {
+pub(crate) fn remedy(source: &io::Error) -> &'static str {
     match source.kind() {
         io::ErrorKind::NotFound => "; check the path, or whether a download is incomplete",
         io::ErrorKind::PermissionDenied => {
@@ -378,6 +378,20 @@ fn remedy(source: &io::Error) -> &'static str {
         io::ErrorKind::ReadOnlyFilesystem => "; name a place that can be written to",
         _ if source.raw_os_error() == Some(EMFILE) => "; raise the limit on open files (ulimit -n)",
         _ => "",
+    }
+}
+
+/// The same, where it is no file that was refused.
+fn backend_remedy(source: &io::Error) -> &'static str {
+    match source.kind() {
+        // What probing found to work was refused later.
+        io::ErrorKind::PermissionDenied | io::ErrorKind::Unsupported => {
+            "allow its system calls in the seccomp profile, or use another backend"
+        }
+        _ if source.raw_os_error() == Some(EMFILE) => {
+            "raise the limit on open files (ulimit -n), or use another backend"
+        }
+        _ => "use another backend",
     }
 }
 

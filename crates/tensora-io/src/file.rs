@@ -16,6 +16,8 @@ pub struct SourceFile {
     file: File,
     len: u64,
     direct: OnceLock<Result<DirectFile, DirectRefusal>>,
+    #[cfg(all(feature = "io-uring", target_os = "linux", not(tensora_portable)))]
+    on_fuse: OnceLock<bool>,
 }
 
 /// What tells a file of this machine from others, and from itself after a change; see [`SourceFile::identity`].
@@ -41,6 +43,8 @@ impl SourceFile {
             path,
             file,
             direct: OnceLock::new(),
+            #[cfg(all(feature = "io-uring", target_os = "linux", not(tensora_portable)))]
+            on_fuse: OnceLock::new(),
         })
     }
 
@@ -108,6 +112,17 @@ impl SourceFile {
     /// The descriptor for buffered reads.
     pub fn file(&self) -> &File {
         &self.file
+    }
+
+    /// Whether a process serves its file system. That process is asked once.
+    #[cfg(all(feature = "io-uring", target_os = "linux", not(tensora_portable)))]
+    pub(crate) fn is_on_fuse(&self) -> bool {
+        /// What `statfs` says of every such file system.
+        const FUSE_SUPER_MAGIC: rustix::fs::FsWord = 0x6573_5546;
+
+        *self.on_fuse.get_or_init(|| {
+            rustix::fs::fstatfs(&self.file).is_ok_and(|facts| facts.f_type == FUSE_SUPER_MAGIC)
+        })
     }
 
     /// The descriptor for direct reads and its alignment, or why there is none. What a later try

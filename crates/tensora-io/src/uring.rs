@@ -2,6 +2,8 @@
 
 use std::io;
 use std::os::fd::AsRawFd;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use io_uring::{IoUring, opcode, types};
@@ -17,8 +19,6 @@ use crate::{
 const MAX_SCRATCH: usize = 16;
 /// `IORING_ENTER_GETEVENTS`: wait for completions.
 const GET_EVENTS: u32 = 1;
-/// What `statfs` says of a file system that a process serves.
-const FUSE_SUPER_MAGIC: rustix::fs::FsWord = 0x6573_5546;
 /// How long to leave a ring alone that refuses work or waiting for the moment.
 const BUSY_WAIT: Duration = Duration::from_millis(1);
 /// How often in a row a ring may do that before the batch fails: ten seconds' worth.
@@ -26,10 +26,10 @@ const MAX_BUSY_WAITS: u32 = 10_000;
 
 /// Several io_uring rings, each with a worker of its own.
 ///
-/// `workers` rings each keep up to `queue_depth` reads under way; submissions go out in batches and
-/// completions are taken in bulk. Destination pages are faulted in by the submitting worker, so two or more
-/// workers overlap that with the device. Files on FUSE are read by the workers themselves, one read at a time each:
-/// there, rings can deliver wrong bytes.
+/// `workers` rings each keep up to `queue_depth` reads under way, or fewer and less deep ones, where limits allow no
+/// more; submissions go out in batches and completions are taken in bulk. Destination pages are faulted in by the
+/// submitting worker, so two or more workers overlap that with the device. Files on FUSE are read by the workers
+/// themselves, one read at a time each: there, rings can deliver wrong bytes.
 #[derive(Clone, Copy, Debug)]
 pub struct IoUringBackend(());
 
@@ -57,29 +57,50 @@ impl Backend for IoUringBackend {
         control: &Control,
     ) -> Result<ReadStats> {
         let transfer = Transfer::new(requests, params, control)?;
-        let off_the_ring: Vec<bool> = transfer.sources().map(keeps_off_the_ring).collect();
-        transfer.run(
-            self.kind(),
-            params.workers,
-            &|| match make_ring(params.queue_depth) {
-                Ok(ring) => Worker::new(ring, &transfer, &off_the_ring, params.queue_depth).run(),
-                Err(error) => transfer.fail(error),
-            },
-        );
+        // A ring continues a short read by itself, as long as it may not wait. On FUSE, where the server chose
+        // `direct_io` and answers short, it continues at the offset where it began: the bytes are wrong, and the
+        // count is right (seen on Linux 6.18; `IOSQE_ASYNC` does not help). Nothing is lost by keeping off: such
+        // reads block the submission anyway.
+        let off_the_ring: Vec<bool> = transfer.sources().map(SourceFile::is_on_fuse).collect();
+        let rings = AtomicUsize::new(0);
+        let refused = OnceLock::new();
+        transfer.run(self.kind(), params.workers, &|| {
+            match make_ring(params.queue_depth) {
+                Ok((ring, queue_depth)) => {
+                    rings.fetch_add(1, Ordering::Relaxed);
+                    Worker::new(ring, &transfer, &off_the_ring, queue_depth).run();
+                }
+                // Where limits allow fewer rings than there are workers, those that have one do all the work.
+                Err(error) => drop(refused.set(error)),
+            }
+        });
+        if rings.into_inner() == 0
+            && let Some(error) = refused.into_inner()
+        {
+            transfer.fail(error);
+        }
         transfer.finish()
     }
 }
 
-/// Whether reads of a file keep off the ring.
-///
-/// A ring continues a short read by itself, as long as it may not wait. On FUSE, where the server chose `direct_io`
-/// and answers short, it continues at the offset where it began: the bytes are wrong, and the count is right
-/// (seen on Linux 6.18; `IOSQE_ASYNC` does not help). Nothing is lost: such reads block the submission anyway.
-fn keeps_off_the_ring(file: &SourceFile) -> bool {
-    rustix::fs::fstatfs(file.file()).is_ok_and(|facts| facts.f_type == FUSE_SUPER_MAGIC)
+fn make_ring(mut queue_depth: u32) -> Result<(IoUring, u32)> {
+    loop {
+        match build_ring(queue_depth) {
+            Ok(ring) => return Ok((ring, queue_depth)),
+            Err(error) if is_out_of_memory(&error) && queue_depth > 1 => queue_depth /= 2,
+            Err(error) => {
+                let (reason, remedy) = probe::io_uring_unavailable(&error);
+                return Err(Error::BackendUnavailable {
+                    backend: BackendKind::IoUring,
+                    reason,
+                    remedy,
+                });
+            }
+        }
+    }
 }
 
-fn make_ring(queue_depth: u32) -> Result<IoUring> {
+fn build_ring(queue_depth: u32) -> io::Result<IoUring> {
     // With these two, the kernel runs completions when the worker asks for them and does not
     // interrupt it in between (Linux 6.0); older kernels refuse them.
     IoUring::builder()
@@ -87,14 +108,10 @@ fn make_ring(queue_depth: u32) -> Result<IoUring> {
         .setup_coop_taskrun()
         .build(queue_depth)
         .or_else(|_| IoUring::new(queue_depth))
-        .map_err(|error| {
-            let (reason, remedy) = probe::io_uring_unavailable(&error);
-            Error::BackendUnavailable {
-                backend: BackendKind::IoUring,
-                reason,
-                remedy,
-            }
-        })
+}
+
+fn is_out_of_memory(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(rustix::io::Errno::NOMEM.raw_os_error())
 }
 
 /// A read that the kernel may be working on.
