@@ -267,7 +267,12 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 impl Error {
     /// Whether the caller's own cancellation is the reason.
     pub fn is_cancelled(&self) -> bool {
-        matches!(self, Self::Io(error) | Self::Tensor { source: error, .. } if error.is_cancelled())
+        match self {
+            Self::Io(error) | Self::Tensor { source: error, .. } => error.is_cancelled(),
+            #[cfg(feature = "convert")]
+            Self::Convert(error) => error.is_cancelled(),
+            _ => false,
+        }
     }
 }
 
