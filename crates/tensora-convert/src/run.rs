@@ -1,7 +1,7 @@
 //! Carrying out a plan: windows of the target's files come assembled, are hashed, and are written.
 
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io;
 use std::panic::resume_unwind;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -17,7 +17,6 @@ use tensora_io::{
 };
 
 use crate::assemble::{Assembled, Assembly, AssemblyStream, Record, RecordContent};
-use crate::companions::Companion;
 use crate::identity;
 use crate::journal::Finished;
 use crate::outputs::Output;
@@ -29,8 +28,6 @@ use crate::{
     Digest, Error, Overwrite, Result, SIDECAR_NAME, Verify, VerifyOptions, sidecar,
 };
 
-/// How much of a companion is in memory at once.
-const COPY_BYTES: usize = 1 << 20;
 /// Threads that write. Direct writes wait for the device; with more than one, it always has work.
 const WRITERS: usize = 3;
 
@@ -44,36 +41,24 @@ pub(crate) fn run(plan: &ConversionPlan, control: &Control) -> Result<Conversion
         .collect::<Result<Vec<_>>>()?;
     let staging = Staging::open(&plan.target, &plan.fingerprint, plan.unfinished)?;
     if !staging.is_committing() {
-        check_occupancy(&plan.target, &plan.source, &plan.kind, plan.overwrite)?;
+        check_occupancy(&plan.target, &plan.kind, plan.overwrite)?;
     }
 
-    let is_resumed_commit = staging.is_committing();
     match write_all(plan, &staging, &sources, control) {
-        Ok((mut data, digests, mut report)) => {
-            let mut indexes: Vec<String> =
-                plan.indexes.iter().map(|file| file.name.clone()).collect();
-            report.files = data.len() + indexes.len();
-            // Without an index, the one shard is what makes a checkpoint of the directory.
-            if indexes.is_empty() {
-                indexes.extend(data.pop());
-            }
+        Ok((data, mut report)) => {
             // Again, because a long time may have passed.
-            let overwrite = match is_resumed_commit {
+            let overwrite = match staging.is_committing() {
                 true => Overwrite::Replace,
                 false => plan.overwrite,
             };
-            let replaced = check_occupancy(&plan.target, &plan.source, &plan.kind, overwrite)?;
+            let replaced = check_occupancy(&plan.target, &plan.kind, overwrite)?;
+            let indexes: Vec<String> = plan.indexes.iter().map(|file| file.name.clone()).collect();
+            report.files = data.len() + indexes.len();
             staging.commit(&data, &indexes, &replaced)?;
-            // Some files had their names already, so that they could not be read where they were staged.
-            if is_resumed_commit && let (Verify::ReadBack, Some(digests)) = (plan.verify, &digests)
-            {
-                read_back(plan, &plan.target, digests, control)?;
-            }
             report.elapsed = start.elapsed();
             Ok(report)
         }
         Err(error) => {
-            let error = blame(plan, &sources, error);
             // Of a source that is gone, or on storage that loses bytes.
             if matches!(error, Error::SourceChanged { .. } | Error::NotAsRead { .. }) {
                 staging.discard();
@@ -83,29 +68,14 @@ pub(crate) fn run(plan: &ConversionPlan, control: &Control) -> Result<Conversion
     }
 }
 
-/// A read that fails because somebody changed the file is that.
-fn blame(plan: &ConversionPlan, sources: &[Arc<SourceFile>], error: Error) -> Error {
-    if !matches!(error, Error::Read(_)) {
-        return error;
-    }
-    let mut files = sources.iter().zip(&plan.source_files);
-    let changed = files.find_map(|(source, (file, identity))| {
-        let checked = identity::check(file, *identity, source);
-        checked
-            .err()
-            .filter(|error| matches!(error, Error::SourceChanged { .. }))
-    });
-    changed.unwrap_or(error)
-}
-
-/// Writes everything where it is staged. Returns the names of all files but the indexes, the shards last, the
-/// digests of what was read, where somebody wants them, and what there is to report.
+/// Writes everything where it is staged. Returns the names of all files but the indexes, and what there is to
+/// report.
 fn write_all(
     plan: &ConversionPlan,
     staging: &Staging,
     sources: &[Arc<SourceFile>],
     control: &Control,
-) -> Result<(Vec<String>, Option<ContentDigests>, ConversionReport)> {
+) -> Result<(Vec<String>, ConversionReport)> {
     let mut job = Job {
         plan,
         staging,
@@ -126,27 +96,20 @@ fn write_all(
     }
     let direct_bytes = job.write(&missing, sources)?;
     for companion in &plan.companions {
-        job.copy(companion)?;
+        job.copy(&companion.name, &companion.path)?;
     }
     let digests = job.digests()?;
-    // What a reader wants beside the data is there before the data is.
-    let mut names: Vec<String> = plan
-        .companions
-        .iter()
-        .map(|file| file.name.clone())
-        .collect();
+    let mut names: Vec<String> = plan.outputs.iter().map(|file| file.name.clone()).collect();
+    names.extend(plan.companions.iter().map(|file| file.name.clone()));
     if let (Checksums::Write, Some(digests)) = (plan.checksums, &digests) {
         job.write_small(SIDECAR_NAME, &sidecar::sidecar(digests))?;
         names.push(SIDECAR_NAME.to_owned());
     }
-    names.extend(plan.outputs.iter().map(|file| file.name.clone()));
     for index in &plan.indexes {
         job.write_small(&index.name, &index.contents)?;
     }
-    if !staging.is_committing()
-        && let (Verify::ReadBack, Some(digests)) = (plan.verify, &digests)
-    {
-        read_back(plan, staging.directory(), digests, control)?;
+    if let (Verify::ReadBack, Some(digests)) = (plan.verify, &digests) {
+        job.read_back(digests)?;
     }
     for (source, (file, identity)) in sources.iter().zip(&plan.source_files) {
         identity::check(file, *identity, source)?;
@@ -162,11 +125,11 @@ fn write_all(
         resumed_files: plan.outputs.len() - missing.len(),
         resumed_bytes,
         direct_bytes,
-        content_digest: digests.as_ref().map(ContentDigests::content),
+        content_digest: digests.map(|digests| digests.content()),
         elapsed: Duration::ZERO,
         notes: job.notes,
     };
-    Ok((names, digests, report))
+    Ok((names, report))
 }
 
 /// One run of a plan.
@@ -186,17 +149,8 @@ impl Job<'_> {
             return Ok(false);
         };
         let bytes = output.assembly.bytes;
-        let is_whole = std::fs::symlink_metadata(&path)
-            .is_ok_and(|found| found.is_file() && found.len() == bytes);
-        let is_the_same = finished.bytes == bytes
-            && is_whole
-            && match self.digest(output, &path) {
-                Ok(digest) => digest == finished.digest,
-                Err(Error::Cancelled) => return Err(Error::Cancelled),
-                // What cannot be read is not kept either.
-                Err(_) => false,
-            };
-        if is_the_same {
+        let is_whole = std::fs::metadata(&path).is_ok_and(|found| found.len() == bytes);
+        if finished.bytes == bytes && is_whole && self.digest(output, &path)? == finished.digest {
             self.control
                 .advance(record_bytes(&output.assembly, 0..bytes));
             return Ok(true);
@@ -375,80 +329,52 @@ impl Job<'_> {
     }
 
     fn verify_options(&self) -> VerifyOptions {
-        verify_options(self.plan, self.plan.reading.clone())
+        // Little data has small buffers, and no limit is lower than the least.
+        let limit_bytes = self.plan.buffers.total_bytes();
+        VerifyOptions::new()
+            .memory_limit_bytes(limit_bytes.max(ConvertOptions::MIN_MEMORY_LIMIT_BYTES))
+            .reading(self.plan.reading.clone())
     }
 
-    fn copy(&self, companion: &Companion) -> Result<()> {
+    /// Opens what was written as a checkpoint and compares its tensors with those of the source.
+    fn read_back(&self, expected: &ContentDigests) -> Result<()> {
+        // Some files have their names already; all were compared with the journal.
+        if self.staging.is_committing() {
+            return Ok(());
+        }
+        let staged = OpenOptions::new()
+            .format(self.plan.kind.format)
+            .unfinished(UnfinishedCheckpoint::Open)
+            .open(self.staging.directory())
+            .map_err(Error::Layout)?;
+        let found = self.verify_options().digests(&staged, self.control)?;
+        let differences = differences(expected, &found);
+        if differences.is_empty() {
+            return Ok(());
+        }
+        Err(Error::NotAsRead {
+            path: self.plan.target.clone(),
+            differences: differences.iter().map(ToString::to_string).collect(),
+        })
+    }
+
+    fn copy(&self, name: &str, path: &Path) -> Result<()> {
+        self.control.check().map_err(Error::reading)?;
         let failed = |source| Error::Companion {
-            path: companion.path.clone(),
+            path: path.to_owned(),
             source,
         };
-        let mut source = File::open(&companion.path).map_err(failed)?;
-        let (mut file, path) = self.staging.create(&companion.name)?;
-        let mut left_bytes = companion.bytes;
-        let mut buffer = vec![0; COPY_BYTES];
-        loop {
-            self.control.check().map_err(Error::reading)?;
-            let count = match source.read(&mut buffer) {
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                read => read.map_err(failed)?,
-            };
-            if count as u64 > left_bytes || (count == 0 && left_bytes > 0) {
-                let changed = "its length has changed since the conversion was planned";
-                return Err(failed(io::Error::other(changed)));
-            }
-            if count == 0 {
-                break;
-            }
-            file.write_all(&buffer[..count])
-                .map_err(|error| written(&path, left_bytes, error))?;
-            left_bytes -= count as u64;
-        }
-        file.sync_all().map_err(|error| written(&path, 0, error))
+        let mut source = File::open(path).map_err(failed)?;
+        self.staging
+            .write_from(name, &mut source)
+            .map_err(|(path, error)| written(&path, 0, error))
     }
 
     fn write_small(&self, name: &str, contents: &[u8]) -> Result<()> {
-        let (mut file, path) = self.staging.create(name)?;
-        file.write_all(contents)
-            .and_then(|()| file.sync_all())
-            .map_err(|error| written(&path, contents.len() as u64, error))
+        self.staging
+            .write_from(name, &mut io::Cursor::new(contents))
+            .map_err(|(path, error)| written(&path, contents.len() as u64, error))
     }
-}
-
-fn verify_options(plan: &ConversionPlan, reading: Reading) -> VerifyOptions {
-    // Little data has small buffers, and no limit is lower than the least.
-    let limit_bytes = plan.buffers.total_bytes();
-    VerifyOptions::new()
-        .memory_limit_bytes(limit_bytes.max(ConvertOptions::MIN_MEMORY_LIMIT_BYTES))
-        .reading(reading)
-}
-
-/// Opens what was written as a checkpoint and compares its tensors with those of the source.
-fn read_back(
-    plan: &ConversionPlan,
-    directory: &Path,
-    expected: &ContentDigests,
-    control: &Control,
-) -> Result<()> {
-    let found = OpenOptions::new()
-        .format(plan.kind.format)
-        .unfinished(UnfinishedCheckpoint::Open)
-        .open(directory)
-        .map_err(Error::Layout)?;
-    for file in found.files() {
-        // The device is asked, not the page cache, where the system lets us.
-        let _ = SourceFile::open(&file.path).and_then(|file| file.evict());
-    }
-    let found =
-        verify_options(plan, plan.reading.past_the_page_cache()).digests(&found, control)?;
-    let differences = differences(expected, &found);
-    if differences.is_empty() {
-        return Ok(());
-    }
-    Err(Error::NotAsRead {
-        path: plan.target.clone(),
-        differences: differences.iter().map(ToString::to_string).collect(),
-    })
 }
 
 /// Whether a record holds this tensor's elements in row-major order.
@@ -504,16 +430,6 @@ impl Piece {
     }
 }
 
-struct StopOnPanic<'a>(&'a CancelToken);
-
-impl Drop for StopOnPanic<'_> {
-    fn drop(&mut self) {
-        if thread::panicking() {
-            self.0.cancel();
-        }
-    }
-}
-
 /// What the writers share.
 struct Writing<'a> {
     staging: &'a Staging,
@@ -546,52 +462,43 @@ impl Writing<'_> {
 
     /// Writes pieces as they come, until there are no more.
     fn run(&self, pieces: &Mutex<Receiver<Piece>>) {
-        // Nobody would write what still comes, and the readers would wait for its buffers.
-        let _guard = StopOnPanic(&self.stop);
         loop {
             let piece = pieces.lock().unwrap_or_else(PoisonError::into_inner).recv();
             let Ok(piece) = piece else { return };
             // After a failure what still comes is dropped, so that its buffers are free.
-            if !self.stop.is_cancelled() {
-                self.write(piece);
+            if self.stop.is_cancelled() {
+                continue;
+            }
+            if let Err(error) = self.write(piece) {
+                let mut outcome = self.outcome.lock().unwrap_or_else(PoisonError::into_inner);
+                // What the user stopped, or what another writer's failure stopped, is no failure.
+                if !error.is_cancelled() {
+                    outcome.error.get_or_insert(error);
+                }
+                self.stop.cancel();
             }
         }
     }
 
-    fn fail(&self, error: Error) {
-        let mut outcome = self.outcome.lock().unwrap_or_else(PoisonError::into_inner);
-        // What the user stopped, or what another writer's failure stopped, is no failure.
-        if !error.is_cancelled() {
-            outcome.error.get_or_insert(error);
-        }
-        self.stop.cancel();
-    }
-
-    fn write(&self, piece: Piece) {
+    fn write(&self, piece: Piece) -> Result<()> {
         let Piece {
             file,
             offset,
             bytes,
         } = piece;
-        let written = file.target.write_all_at(&bytes, offset, &self.control);
+        file.target
+            .write_all_at(&bytes, offset, &self.control)
+            .map_err(|error| self.failed(file.target.path(), error))?;
         self.left_bytes
             .fetch_sub(bytes.len() as u64, Ordering::Relaxed);
-        if let Err(error) = written {
-            // While the file is held, so that nobody takes it for complete meanwhile.
-            self.fail(self.failed(file.target.path(), error));
-            return;
-        }
         drop(bytes);
-        if let Some(file) = Arc::into_inner(file)
-            // A piece may be among those that were dropped.
-            && !self.stop.is_cancelled()
-            && let Err(error) = self.finish(file)
-        {
-            self.fail(error);
+        let Some(file) = Arc::into_inner(file) else {
+            return Ok(());
+        };
+        // A piece may be among those that were dropped.
+        if self.stop.is_cancelled() {
+            return Err(Error::Cancelled);
         }
-    }
-
-    fn finish(&self, file: Writable) -> Result<()> {
         let Some(&digest) = file.digest.get() else {
             return Ok(());
         };
