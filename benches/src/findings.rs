@@ -8,6 +8,7 @@ use crate::case::{
     AUTO, AUTO_MAPPING, COLUMN_SLICE, CaseKind, FS_READ, MEMCPY, MEMMAP2, PY_FASTSAFETENSORS,
     PY_SAFETENSORS, RANKS_TOGETHER, RAW_MAP, ROW_SLICE, STREAM,
 };
+use crate::conversion::ConversionBound;
 use crate::figures::{Clock, Regret};
 use crate::run::{Cell, OpenTimes, Run, Sample};
 
@@ -52,6 +53,10 @@ const ROWS_TIME: f64 = 1.5;
 const COLUMNS_TIME: f64 = 1.1;
 /// From the device, all ranks together, ÷ the checkpoint.
 const RANKS_READ: f64 = 1.02;
+/// Conversion ÷ a plain copy of the same files: 0.85 of its throughput.
+const CONVERSION_TIME: f64 = 1.0 / 0.85;
+/// Peak resident memory of a conversion through 256 MiB.
+const CONVERSION_RESIDENT_BYTES: f64 = (320 << 20) as f64;
 const PLANNING_SECONDS: f64 = 0.001;
 /// Planning and probing, for each hundred files begun in part.
 const PROBING_SECONDS: f64 = 0.005;
@@ -109,6 +114,15 @@ impl Run {
             cell.memory(&mut findings);
             cell.parts(&mut findings);
             cell.failed(&mut findings);
+        }
+        for cell in &self.conversions {
+            findings.extend(cell.figures().into_iter().map(|(what, figure, bound)| {
+                let bound = match bound {
+                    ConversionBound::Time => CONVERSION_TIME,
+                    ConversionBound::ResidentBytes => CONVERSION_RESIDENT_BYTES,
+                };
+                Finding::new(what, figure, bound)
+            }));
         }
         for open in &self.opens {
             open.findings(&mut findings);
@@ -281,6 +295,7 @@ mod tests {
     use tensora::io::Platform;
 
     use super::*;
+    use crate::conversion::{ConversionFailure, ConversionKind};
     use crate::figures::tests::cell;
     use crate::run::{Failure, Host, OpenRound};
 
@@ -369,6 +384,39 @@ mod tests {
         assert!(missed(&run(vec![cell.clone()])).is_empty());
         cell.samples[0].peak_resident_bytes = Some(1001 + (64 << 20));
         assert_eq!(missed(&run(vec![cell])).len(), 1);
+    }
+
+    #[test]
+    fn conversions_have_bounds() {
+        let with = |seconds: f64, peak_mib| {
+            let times: &[(&str, &[f64])] = &[
+                ("to-partitioned", &[1.0, 1.0, 1.0]),
+                ("to-store", &[seconds, seconds, seconds]),
+                ("copy-cp", &[0.9, 0.9, 0.9]),
+                ("copy-threads", &[1.0, 1.0, 1.0]),
+            ];
+            let mut run = run(Vec::new());
+            run.put_conversion(crate::conversion::tests::cell(times, peak_mib));
+            run
+        };
+        assert!(missed(&with(1.05, 320)).is_empty());
+        assert_eq!(
+            missed(&with(1.07, 320)),
+            ["tiny converted: to-store ÷ copy-cp"]
+        );
+        assert_eq!(missed(&with(1.05, 321)).len(), 2);
+        let mut failing = with(1.05, 320);
+        failing.conversions[0].failures.push(ConversionFailure {
+            case: "to-safetensors".to_owned(),
+            kind: ConversionKind::Conversion,
+            reason: "no space left".to_owned(),
+        });
+        assert_eq!(missed(&failing).len(), 1);
+        let text = failing.to_markdown(&[]);
+        assert!(
+            text.contains("**to-safetensors failed**: no space left"),
+            "{text}"
+        );
     }
 
     #[test]

@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 mod case;
+mod conversion;
 mod cpu_bound;
 mod figures;
 mod findings;
@@ -18,6 +19,9 @@ mod plots;
 mod run;
 
 pub use case::{Case, CaseKind};
+pub use conversion::{
+    ConversionCell, ConversionFailure, ConversionKind, ConversionSample, measure_conversions,
+};
 pub use cpu_bound::{CpuCase, PreparedCase, write_cpu_fixtures};
 pub use figures::{Clock, Regret};
 pub use findings::Finding;

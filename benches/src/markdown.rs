@@ -25,6 +25,9 @@ impl Run {
         for cell in &self.cells {
             cell.describe(&mut text);
         }
+        for cell in &self.conversions {
+            cell.describe(&mut text);
+        }
         if !self.opens.is_empty() {
             text.push_str(
                 "\n## Opening and planning\n\nMedians, in milliseconds.\n\n\

@@ -9,6 +9,7 @@ use tensora::Format;
 use tensora::io::{CacheState, Platform, SourceFile, StorageFacts};
 
 use crate::case::CaseKind;
+use crate::conversion::ConversionCell;
 use crate::peers::PeerFact;
 use crate::{Finding, plots};
 
@@ -134,6 +135,9 @@ pub struct Run {
     pub cells: Vec<Cell>,
     /// Opens.
     pub opens: Vec<OpenTimes>,
+    /// Conversions.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub conversions: Vec<ConversionCell>,
 }
 
 impl Host {
@@ -178,6 +182,7 @@ impl Run {
             peers: BTreeMap::new(),
             cells: Vec::new(),
             opens: Vec::new(),
+            conversions: Vec::new(),
         }
     }
 

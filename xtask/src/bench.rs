@@ -8,7 +8,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use clap::builder::PossibleValuesParser;
-use tensora_benches::{Bench, Case, Finding, Host, Invocation, Peers, Run, Subject, measure_open};
+use tensora_benches::{
+    Bench, Case, Finding, Host, Invocation, Peers, Run, Subject, measure_conversions, measure_open,
+};
 use tensora_formats::Format;
 use tensora_io::CacheState;
 
@@ -29,6 +31,8 @@ const STATES: [CacheState; 3] = [CacheState::Cold, CacheState::Half, CacheState:
 const PEER_CRATES: &[&str] = &["safetensors", "memmap2"];
 /// The virtual environment of the Python packages, beside the fixtures, which git ignores.
 const PEERS_FOLDER: &str = "peers-venv";
+/// What conversions write, beside the fixtures.
+const CONVERTED_FOLDER: &str = ".converted";
 
 /// Arguments of `cargo xtask bench`.
 #[derive(Debug, Args)]
@@ -52,6 +56,10 @@ pub struct BenchArguments {
     /// cases only those that they are compared with
     #[arg(long, conflicts_with = "cases")]
     parts: bool,
+    /// Conversions instead of loads, beside plain copies of the same files; needs as much space as
+    /// the checkpoint once more
+    #[arg(long, conflicts_with_all = ["cases", "parts", "states", "layouts", "budget", "peers"])]
+    convert: bool,
     /// How often each case is timed
     #[arg(long, value_name = "N", default_value_t = 7)]
     rounds: u32,
@@ -116,6 +124,10 @@ impl BenchArguments {
             revision: revision()?,
         });
         run.versions = versions()?;
+        if self.convert {
+            self.measure_conversions(&presets, &folder, &out, &mut run)?;
+            return self.conclude(&run, &out);
+        }
         let bench = Bench {
             programs: programs::build_timed()?,
             peers: self.prepare_peers(&folder)?,
@@ -129,6 +141,11 @@ impl BenchArguments {
         self.measure_opens(&folder, &mut run)?;
         run.write(&out)?;
         self.measure_loads(&bench, &presets, &folder, &out, &mut run)?;
+        self.conclude(&run, &out)
+    }
+
+    /// Shows what was measured, and fails where a bound that is to be checked was missed.
+    fn conclude(&self, run: &Run, out: &Path) -> Result<()> {
         println!("\n{}", std::fs::read_to_string(out.join("run.md"))?);
         println!("written to {}", out.display());
 
@@ -212,6 +229,39 @@ impl BenchArguments {
             };
             println!("{name}: opening and planning");
             run.put_open(measure_open(&subject, OPEN_ROUNDS)?);
+        }
+        Ok(())
+    }
+
+    fn measure_conversions(
+        &self,
+        presets: &[&Preset],
+        folder: &Path,
+        out: &Path,
+        run: &mut Run,
+    ) -> Result<()> {
+        let options = fixtures::Options::new(folder);
+        let command = programs::build_command()?.join("tensora");
+        let rounds = self.rounds.max(1);
+        for preset in presets {
+            let cell = run.conversion(preset.name);
+            if self.resume && cell.is_some_and(|cell| cell.is_complete(rounds)) {
+                continue;
+            }
+            let subject = Subject {
+                preset: preset.name.to_owned(),
+                path: fixtures::ensure(preset, Format::Safetensors, &options)?,
+            };
+            let scratch = folder.join(CONVERTED_FOLDER);
+            let say = &mut |line: &str| println!("{line}");
+            run.put_conversion(measure_conversions(
+                &subject, &command, &scratch, rounds, say,
+            )?);
+            run.write(out)?;
+            if self.delete_fixtures {
+                std::fs::remove_dir_all(&subject.path)
+                    .with_context(|| format!("remove {}", subject.path.display()))?;
+            }
         }
         Ok(())
     }
