@@ -22,6 +22,9 @@ const GAP_BYTES: u64 = 4 << 10;
 /// of another file, so that no window is mostly gap.
 const SPLIT_BYTES: u64 = 1 << 20;
 
+/// The list of so many takes some hundred megabytes. With the default limit they hold 64 TiB.
+const MAX_WINDOWS: u64 = 1 << 22;
+
 /// A file to be put together.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Assembly {
@@ -176,11 +179,23 @@ impl AssemblyStream {
         control: &Control,
     ) -> Result<Self> {
         let quiet = Control::new().with_cancel(control.token().clone());
+        let bytes = assemblies
+            .iter()
+            .fold(0, |sum: u64, assembly| sum.saturating_add(assembly.bytes));
+        // A stride of 0 makes any size out of nothing.
+        if bytes / buffers.window_bytes > MAX_WINDOWS {
+            return Err(Error::TooManyWindows {
+                bytes,
+                window_bytes: buffers.window_bytes,
+            });
+        }
         let mut windows = Vec::new();
         for (file, assembly) in assemblies.iter().enumerate() {
-            let mut begin = 0;
+            let mut begin = 0u64;
             loop {
-                let end = assembly.bytes.min(begin + buffers.window_bytes);
+                let end = assembly
+                    .bytes
+                    .min(begin.saturating_add(buffers.window_bytes));
                 windows.push((file, begin..end));
                 begin = end;
                 if end == assembly.bytes {

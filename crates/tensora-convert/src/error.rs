@@ -107,6 +107,16 @@ pub enum Error {
         /// The lowest limit allowed, in bytes.
         min_bytes: u64,
     },
+    /// There are so many windows that the list of them would take more memory than the data.
+    #[error(
+        "{bytes} bytes are too many to pass through buffers of {window_bytes}; allow more memory"
+    )]
+    TooManyWindows {
+        /// What is to pass through, in bytes.
+        bytes: u64,
+        /// The size of a buffer, in bytes.
+        window_bytes: u64,
+    },
     /// The target format cannot hold the checkpoint.
     #[error(transparent)]
     Layout(tensora_formats::Error),
@@ -183,6 +193,30 @@ pub enum Error {
     OnlyToBeFinished {
         /// Where what is left of it is.
         path: PathBuf,
+    },
+    /// A conversion was interrupted while it put its files in place, and cannot be finished as it was.
+    #[error("{}: a conversion was interrupted while it put its files in place, and cannot be finished: {what}; restore the source as it was and repeat the conversion with --resume, or remove the whole target", path.display())]
+    CannotFinish {
+        /// Where what is left of it is.
+        path: PathBuf,
+        /// Why not.
+        what: &'static str,
+    },
+    /// What should be the directory of an interrupted conversion is none of this user's.
+    #[error("{}: {what}, so it is not what an interrupted conversion leaves; remove it, or choose another directory", path.display())]
+    NotStaging {
+        /// What it is called.
+        path: PathBuf,
+        /// What it is.
+        what: &'static str,
+    },
+    /// Something is where a file of the target belongs, and cannot be replaced by one.
+    #[error("{}: {what}; files get their names by being renamed, which does not work there: remove it, or choose another directory", path.display())]
+    NotReplaceable {
+        /// What is there.
+        path: PathBuf,
+        /// What it is.
+        what: &'static str,
     },
     /// The target is marked as incomplete, but nothing is there that could be resumed.
     #[error("{}: marks the directory as incomplete, but what an interrupted conversion had finished is gone; convert into it again with --restart, or remove it", path.display())]

@@ -1,9 +1,10 @@
 //! Whether a source is still what it was, and a conversion still the same one.
 
 use std::fs::Metadata;
+use std::io;
 use std::time::UNIX_EPOCH;
 
-use tensora_formats::{FileEntry, Format, PlannedIndex};
+use tensora_formats::{CheckpointIndex, FileEntry, Format, PlannedIndex};
 use tensora_io::SourceFile;
 
 use crate::assemble::RecordContent;
@@ -71,7 +72,7 @@ pub(crate) fn check(file: &FileEntry, identity: Identity, source: &SourceFile) -
     let metadata = source
         .file()
         .metadata()
-        .map_err(|error| changed(file, &error.to_string()))?;
+        .map_err(|error| not_known(file, error))?;
     let now = check_length(file, Identity::new(&metadata))?;
     if now != identity {
         return Err(changed(file, "it was written to since"));
@@ -80,6 +81,15 @@ pub(crate) fn check(file: &FileEntry, identity: Identity, source: &SourceFile) -
         return Err(changed(file, "another file took its place"));
     }
     Ok(())
+}
+
+/// A passing failure, which does not say that anything changed.
+fn not_known(file: &FileEntry, source: io::Error) -> Error {
+    Error::Read(tensora_io::Error::File {
+        operation: "stat",
+        path: file.path.clone(),
+        source,
+    })
 }
 
 fn changed(file: &FileEntry, how: &str) -> Error {
@@ -91,6 +101,7 @@ fn changed(file: &FileEntry, how: &str) -> Error {
 
 /// The fingerprint of a conversion.
 pub(crate) fn fingerprint(
+    index: &CheckpointIndex,
     sources: &[(FileEntry, Identity)],
     format: Format,
     outputs: &[Output],
@@ -103,19 +114,26 @@ pub(crate) fn fingerprint(
         source.add(&identity.modified_ns.to_le_bytes());
         source.number(identity.inode);
     }
+    // Indexes are no data files, and say how the same bytes are read.
+    for tensor in index.tensors() {
+        source.add(tensor.name.as_bytes());
+        source.add(tensor.dtype.name().as_bytes());
+        source.numbers(&tensor.shape);
+        source.numbers(tensor.strides.as_deref().unwrap_or_default());
+        source.numbers(&[tensor.file as u64, tensor.offset, tensor.bytes]);
+    }
     let mut target = Parts::default();
     target.add(format.to_string().as_bytes());
     for output in outputs {
         target.add(output.name.as_bytes());
         target.number(output.assembly.bytes);
         target.add(&output.assembly.prefix);
+        target.number(output.assembly.records.len() as u64);
         for record in &output.assembly.records {
             target.number(record.at);
             match &record.content {
                 RecordContent::Stored { file, range } => {
-                    target.number(*file as u64);
-                    target.number(range.start);
-                    target.number(range.end);
+                    target.numbers(&[*file as u64, range.start, range.end]);
                 }
                 // The source's metadata says the rest.
                 RecordContent::Gathered(part) => target.add(part.name().as_bytes()),
@@ -132,13 +150,20 @@ pub(crate) fn fingerprint(
     }
 }
 
-/// Hashes values so that no two sequences of them hash the same bytes.
+/// Hashes values, each with its length where that varies.
 #[derive(Default)]
 struct Parts(blake3::Hasher);
 
 impl Parts {
     fn number(&mut self, number: u64) {
         self.0.update(&number.to_le_bytes());
+    }
+
+    fn numbers(&mut self, numbers: &[u64]) {
+        self.number(numbers.len() as u64);
+        for &number in numbers {
+            self.number(number);
+        }
     }
 
     fn add(&mut self, bytes: &[u8]) {

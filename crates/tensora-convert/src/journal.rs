@@ -1,7 +1,7 @@
 //! What an interrupted conversion leaves to be resumed: which files are finished, and what of.
 
 use std::collections::BTreeMap;
-use std::fs::{File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
@@ -46,6 +46,8 @@ enum Event {
         bytes: u64,
         blake3: String,
     },
+    /// What was finished is not what it was, and is written again.
+    Forgotten { file: String },
     /// From here on files get their names, and the conversion can only be finished.
     Committing,
 }
@@ -57,9 +59,18 @@ pub(crate) struct Record {
     pub(crate) fingerprint: Option<Fingerprint>,
     pub(crate) finished: BTreeMap<String, Finished>,
     pub(crate) is_committing: bool,
+    /// Whether another version of this program wrote it.
+    pub(crate) is_foreign: bool,
+    /// The length of the lines that were read, in bytes. What follows was not written to its end.
+    read_bytes: u64,
 }
 
 impl Record {
+    /// Whether there is nothing in it.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.fingerprint.is_none() && !self.is_foreign
+    }
+
     /// Reads the lines up to the first that is not whole, which is where the writer was killed.
     fn parse(text: &[u8]) -> Self {
         let mut record = Self::default();
@@ -70,6 +81,10 @@ impl Record {
                     version: VERSION,
                     fingerprint,
                 })) => record.fingerprint = Some(fingerprint),
+                Some(Ok(Event::Begun { .. })) => {
+                    record.is_foreign = true;
+                    break;
+                }
                 Some(Ok(Event::Finished {
                     file,
                     bytes,
@@ -78,11 +93,15 @@ impl Record {
                     let Ok(digest) = blake3.parse() else { break };
                     record.finished.insert(file, Finished { bytes, digest });
                 }
+                Some(Ok(Event::Forgotten { file })) if record.fingerprint.is_some() => {
+                    record.finished.remove(&file);
+                }
                 Some(Ok(Event::Committing)) if record.fingerprint.is_some() => {
                     record.is_committing = true;
                 }
                 _ => break,
             }
+            record.read_bytes += line.len() as u64;
         }
         record
     }
@@ -100,14 +119,11 @@ impl Journal {
     ///
     /// # Errors
     ///
-    /// [`Error::TargetBusy`] while another conversion has it.
+    /// [`Error::TargetBusy`] while another conversion has it; [`Error::NotStaging`] when it is no file.
     pub(crate) fn open(path: &Path) -> Result<(Self, Record)> {
-        let mut file = OpenOptions::new()
-            .read(true)
-            .append(true)
-            .create(true)
-            .open(path)
-            .map_err(refused(path, "open"))?;
+        let mut options = OpenOptions::new();
+        options.read(true).append(true).create(true);
+        let mut file = open_regular(path, &mut options)?;
         lock(path, &file)?;
         let record = read(path, &mut file)?;
         let journal = Self {
@@ -115,6 +131,13 @@ impl Journal {
             file,
         };
         Ok((journal, record))
+    }
+
+    /// Goes on behind what was read of it: cuts off the line in which its writer was killed.
+    pub(crate) fn resume(&mut self, record: &Record) -> Result<()> {
+        self.file
+            .set_len(record.read_bytes)
+            .map_err(refused(&self.path, "truncate"))
     }
 
     /// Forgets everything, and begins with `fingerprint`.
@@ -128,23 +151,17 @@ impl Journal {
         })
     }
 
-    /// Forgets what a killed writer wrote of a last line, and what is no longer so.
-    pub(crate) fn rewrite(&mut self, fingerprint: &Fingerprint, record: &Record) -> Result<()> {
-        self.begin(fingerprint)?;
-        for (file, finished) in &record.finished {
-            self.finish(file, *finished)?;
-        }
-        match record.is_committing {
-            true => self.commit(),
-            false => Ok(()),
-        }
-    }
-
     pub(crate) fn finish(&mut self, file: &str, finished: Finished) -> Result<()> {
         self.append(&Event::Finished {
             file: file.to_owned(),
             bytes: finished.bytes,
             blake3: finished.digest.to_string(),
+        })
+    }
+
+    pub(crate) fn forget(&mut self, file: &str) -> Result<()> {
+        self.append(&Event::Forgotten {
+            file: file.to_owned(),
         })
     }
 
@@ -167,12 +184,34 @@ impl Journal {
 
 /// What the journal at `path` says, without taking it. `None` if there is none.
 pub(crate) fn peek(path: &Path) -> Result<Option<Record>> {
-    let mut file = match File::open(path) {
-        Ok(file) => file,
+    match fs::symlink_metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(refused(path, "open")(error)),
-    };
+        Err(error) => return Err(refused(path, "access")(error)),
+        Ok(_) => {}
+    }
+    let mut file = open_regular(path, OpenOptions::new().read(true))?;
     read(path, &mut file).map(Some)
+}
+
+/// Opens a file, but not through a symbolic link, and nothing that is no file.
+fn open_regular(path: &Path, options: &mut OpenOptions) -> Result<File> {
+    #[cfg(unix)]
+    {
+        use rustix::fs::OFlags;
+        use std::os::unix::fs::OpenOptionsExt;
+        // A pipe must not block, and somebody else's file behind a link must not be written to.
+        let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
+        options.custom_flags(flags.bits().cast_signed());
+    }
+    let file = options.open(path).map_err(refused(path, "open"))?;
+    let metadata = file.metadata().map_err(refused(path, "access"))?;
+    match metadata.is_file() {
+        true => Ok(file),
+        false => Err(Error::NotStaging {
+            path: path.to_owned(),
+            what: "is not a regular file",
+        }),
+    }
 }
 
 fn read(path: &Path, file: &mut File) -> Result<Record> {
@@ -187,15 +226,29 @@ fn read(path: &Path, file: &mut File) -> Result<Record> {
 fn lock(path: &Path, file: &File) -> Result<()> {
     use rustix::fs::{FlockOperation, flock};
     match flock(file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(()),
-        Err(rustix::io::Errno::WOULDBLOCK) => Err(Error::TargetBusy {
+        // Whoever had it before may have finished, and removed it.
+        Ok(()) if is_at(path, file) => Ok(()),
+        Ok(()) | Err(rustix::io::Errno::WOULDBLOCK) => Err(Error::TargetBusy {
             path: path.to_owned(),
         }),
         // Some network file systems have no locks. The journal is then as good as it is without one.
         Err(error) => {
-            tracing::debug!(path = %path.display(), %error, "the journal could not be locked");
+            tracing::warn!(
+                path = %path.display(), %error,
+                "the journal could not be locked: nothing keeps two conversions into one target apart"
+            );
             Ok(())
         }
+    }
+}
+
+/// Whether this is the file that the path leads to now.
+#[cfg(unix)]
+fn is_at(path: &Path, file: &File) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    match (fs::symlink_metadata(path), file.metadata()) {
+        (Ok(there), Ok(here)) => (there.dev(), there.ino()) == (here.dev(), here.ino()),
+        _ => false,
     }
 }
 
@@ -235,10 +288,61 @@ mod tests {
             fingerprint: Some(fingerprint()),
             finished: [("rank_0/tensor.data_0".to_owned(), finished(7))].into(),
             is_committing: true,
+            is_foreign: false,
+            read_bytes: std::fs::metadata(&path).unwrap().len(),
         };
-        assert_eq!(peek(&path).unwrap(), Some(expected.clone()));
-        journal.rewrite(&fingerprint(), &expected).unwrap();
         assert_eq!(peek(&path).unwrap(), Some(expected));
+        journal.forget("rank_0/tensor.data_0").unwrap();
+        assert_eq!(peek(&path).unwrap().unwrap().finished, BTreeMap::new());
+    }
+
+    #[test]
+    fn a_torn_line_is_cut_off_before_the_next_is_written() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("journal");
+        let (mut journal, _) = Journal::open(&path).unwrap();
+        journal.begin(&fingerprint()).unwrap();
+        journal.finish("a", finished(1)).unwrap();
+        drop(journal);
+        let mut text = std::fs::read(&path).unwrap();
+        text.truncate(text.len() - 3);
+        std::fs::write(&path, text).unwrap();
+        let (mut journal, record) = Journal::open(&path).unwrap();
+        journal.resume(&record).unwrap();
+        journal.finish("b", finished(2)).unwrap();
+        let finished: Vec<String> = peek(&path).unwrap().unwrap().finished.into_keys().collect();
+        assert_eq!(finished, ["b"]);
+    }
+
+    #[test]
+    fn the_journal_of_another_version_is_known_as_such() {
+        let line = b"{\"event\":\"begun\",\"version\":99,\"source\":\"s\",\"target\":\"t\"}\n";
+        let record = Record::parse(line);
+        assert!(record.is_foreign && record.fingerprint.is_none());
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn what_is_no_file_is_no_journal() {
+        let directory = tempfile::tempdir().unwrap();
+        let other = directory.path().join("other");
+        std::fs::write(&other, "somebody else's").unwrap();
+        let path = directory.path().join("journal");
+        std::os::unix::fs::symlink(&other, &path).unwrap();
+        Journal::open(&path).unwrap_err();
+        peek(&path).unwrap_err();
+        std::fs::remove_file(&path).unwrap();
+        rustix::fs::mknodat(
+            rustix::fs::CWD,
+            &path,
+            rustix::fs::FileType::Fifo,
+            rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR,
+            0,
+        )
+        .unwrap();
+        let error = Journal::open(&path).unwrap_err();
+        assert!(matches!(error, Error::NotStaging { .. }), "{error}");
+        assert_eq!(std::fs::read_to_string(&other).unwrap(), "somebody else's");
     }
 
     #[cfg(unix)]
@@ -274,6 +378,7 @@ mod tests {
             prop_assert!(record.finished.is_empty() || record.fingerprint.is_some());
             prop_assert!(!record.is_committing || cut >= text.len());
             let lines = text[..cut.min(text.len())].split(|&byte| byte == b'\n').count() - 1;
+            prop_assert!(record.read_bytes <= cut.min(text.len()) as u64);
             let found = usize::from(record.fingerprint.is_some())
                 + record.finished.len() + usize::from(record.is_committing);
             prop_assert_eq!(found, lines);

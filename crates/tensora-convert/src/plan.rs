@@ -115,6 +115,7 @@ impl ConversionPlan {
             .map(|file| Ok((file.clone(), identity::of_path(file)?)))
             .collect::<Result<Vec<_>>>()?;
         let fingerprint = identity::fingerprint(
+            source,
             &source_files,
             options.target,
             &outputs.files,

@@ -37,6 +37,14 @@ impl Reading {
         }
     }
 
+    /// The same, but what is in the page cache is read from the device all the same.
+    pub(crate) fn past_the_page_cache(&self) -> Self {
+        let mut reading = self.clone();
+        reading.transfer.direct = DirectPolicy::Preferred;
+        reading.transfer.resident = ResidentPolicy::Reread;
+        reading
+    }
+
     pub(crate) fn transfer(&self) -> &TransferParams {
         &self.transfer
     }

@@ -1,7 +1,7 @@
 //! Carrying out a plan: windows of the target's files come assembled, are hashed, and are written.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Read, Write};
 use std::panic::resume_unwind;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -17,6 +17,7 @@ use tensora_io::{
 };
 
 use crate::assemble::{Assembled, Assembly, AssemblyStream, Record, RecordContent};
+use crate::companions::Companion;
 use crate::identity;
 use crate::journal::Finished;
 use crate::outputs::Output;
@@ -25,9 +26,11 @@ use crate::target::{check_occupancy, file_size_limit_bytes, free_bytes, refused}
 use crate::verify::{TensorHashers, differences};
 use crate::{
     Checksums, ContentDigests, ConversionNote, ConversionPlan, ConversionReport, ConvertOptions,
-    Digest, Error, Overwrite, Result, SIDECAR_NAME, Verify, VerifyOptions, sidecar,
+    Digest, Error, Overwrite, Reading, Result, SIDECAR_NAME, Verify, VerifyOptions, sidecar,
 };
 
+/// How much of a companion is in memory at once.
+const COPY_BYTES: usize = 1 << 20;
 /// Threads that write. Direct writes wait for the device; with more than one, it always has work.
 const WRITERS: usize = 3;
 
@@ -41,24 +44,36 @@ pub(crate) fn run(plan: &ConversionPlan, control: &Control) -> Result<Conversion
         .collect::<Result<Vec<_>>>()?;
     let staging = Staging::open(&plan.target, &plan.fingerprint, plan.unfinished)?;
     if !staging.is_committing() {
-        check_occupancy(&plan.target, &plan.kind, plan.overwrite)?;
+        check_occupancy(&plan.target, &plan.source, &plan.kind, plan.overwrite)?;
     }
 
+    let is_resumed_commit = staging.is_committing();
     match write_all(plan, &staging, &sources, control) {
-        Ok((data, mut report)) => {
+        Ok((mut data, digests, mut report)) => {
+            let mut indexes: Vec<String> =
+                plan.indexes.iter().map(|file| file.name.clone()).collect();
+            report.files = data.len() + indexes.len();
+            // Without an index, the one shard is what makes a checkpoint of the directory.
+            if indexes.is_empty() {
+                indexes.extend(data.pop());
+            }
             // Again, because a long time may have passed.
-            let overwrite = match staging.is_committing() {
+            let overwrite = match is_resumed_commit {
                 true => Overwrite::Replace,
                 false => plan.overwrite,
             };
-            let replaced = check_occupancy(&plan.target, &plan.kind, overwrite)?;
-            let indexes: Vec<String> = plan.indexes.iter().map(|file| file.name.clone()).collect();
-            report.files = data.len() + indexes.len();
+            let replaced = check_occupancy(&plan.target, &plan.source, &plan.kind, overwrite)?;
             staging.commit(&data, &indexes, &replaced)?;
+            // Some files had their names already, so that they could not be read where they were staged.
+            if is_resumed_commit && let (Verify::ReadBack, Some(digests)) = (plan.verify, &digests)
+            {
+                read_back(plan, &plan.target, digests, control)?;
+            }
             report.elapsed = start.elapsed();
             Ok(report)
         }
         Err(error) => {
+            let error = blame(plan, &sources, error);
             // Of a source that is gone, or on storage that loses bytes.
             if matches!(error, Error::SourceChanged { .. } | Error::NotAsRead { .. }) {
                 staging.discard();
@@ -68,14 +83,29 @@ pub(crate) fn run(plan: &ConversionPlan, control: &Control) -> Result<Conversion
     }
 }
 
-/// Writes everything where it is staged. Returns the names of all files but the indexes, and what there is to
-/// report.
+/// A read that fails because somebody changed the file is that.
+fn blame(plan: &ConversionPlan, sources: &[Arc<SourceFile>], error: Error) -> Error {
+    if !matches!(error, Error::Read(_)) {
+        return error;
+    }
+    let mut files = sources.iter().zip(&plan.source_files);
+    let changed = files.find_map(|(source, (file, identity))| {
+        let checked = identity::check(file, *identity, source);
+        checked
+            .err()
+            .filter(|error| matches!(error, Error::SourceChanged { .. }))
+    });
+    changed.unwrap_or(error)
+}
+
+/// Writes everything where it is staged. Returns the names of all files but the indexes, the shards last, the
+/// digests of what was read, where somebody wants them, and what there is to report.
 fn write_all(
     plan: &ConversionPlan,
     staging: &Staging,
     sources: &[Arc<SourceFile>],
     control: &Control,
-) -> Result<(Vec<String>, ConversionReport)> {
+) -> Result<(Vec<String>, Option<ContentDigests>, ConversionReport)> {
     let mut job = Job {
         plan,
         staging,
@@ -96,20 +126,27 @@ fn write_all(
     }
     let direct_bytes = job.write(&missing, sources)?;
     for companion in &plan.companions {
-        job.copy(&companion.name, &companion.path)?;
+        job.copy(companion)?;
     }
     let digests = job.digests()?;
-    let mut names: Vec<String> = plan.outputs.iter().map(|file| file.name.clone()).collect();
-    names.extend(plan.companions.iter().map(|file| file.name.clone()));
+    // What a reader wants beside the data is there before the data is.
+    let mut names: Vec<String> = plan
+        .companions
+        .iter()
+        .map(|file| file.name.clone())
+        .collect();
     if let (Checksums::Write, Some(digests)) = (plan.checksums, &digests) {
         job.write_small(SIDECAR_NAME, &sidecar::sidecar(digests))?;
         names.push(SIDECAR_NAME.to_owned());
     }
+    names.extend(plan.outputs.iter().map(|file| file.name.clone()));
     for index in &plan.indexes {
         job.write_small(&index.name, &index.contents)?;
     }
-    if let (Verify::ReadBack, Some(digests)) = (plan.verify, &digests) {
-        job.read_back(digests)?;
+    if !staging.is_committing()
+        && let (Verify::ReadBack, Some(digests)) = (plan.verify, &digests)
+    {
+        read_back(plan, staging.directory(), digests, control)?;
     }
     for (source, (file, identity)) in sources.iter().zip(&plan.source_files) {
         identity::check(file, *identity, source)?;
@@ -125,11 +162,11 @@ fn write_all(
         resumed_files: plan.outputs.len() - missing.len(),
         resumed_bytes,
         direct_bytes,
-        content_digest: digests.map(|digests| digests.content()),
+        content_digest: digests.as_ref().map(ContentDigests::content),
         elapsed: Duration::ZERO,
         notes: job.notes,
     };
-    Ok((names, report))
+    Ok((names, digests, report))
 }
 
 /// One run of a plan.
@@ -149,8 +186,17 @@ impl Job<'_> {
             return Ok(false);
         };
         let bytes = output.assembly.bytes;
-        let is_whole = std::fs::metadata(&path).is_ok_and(|found| found.len() == bytes);
-        if finished.bytes == bytes && is_whole && self.digest(output, &path)? == finished.digest {
+        let is_whole = std::fs::symlink_metadata(&path)
+            .is_ok_and(|found| found.is_file() && found.len() == bytes);
+        let is_the_same = finished.bytes == bytes
+            && is_whole
+            && match self.digest(output, &path) {
+                Ok(digest) => digest == finished.digest,
+                Err(Error::Cancelled) => return Err(Error::Cancelled),
+                // What cannot be read is not kept either.
+                Err(_) => false,
+            };
+        if is_the_same {
             self.control
                 .advance(record_bytes(&output.assembly, 0..bytes));
             return Ok(true);
@@ -329,52 +375,80 @@ impl Job<'_> {
     }
 
     fn verify_options(&self) -> VerifyOptions {
-        // Little data has small buffers, and no limit is lower than the least.
-        let limit_bytes = self.plan.buffers.total_bytes();
-        VerifyOptions::new()
-            .memory_limit_bytes(limit_bytes.max(ConvertOptions::MIN_MEMORY_LIMIT_BYTES))
-            .reading(self.plan.reading.clone())
+        verify_options(self.plan, self.plan.reading.clone())
     }
 
-    /// Opens what was written as a checkpoint and compares its tensors with those of the source.
-    fn read_back(&self, expected: &ContentDigests) -> Result<()> {
-        // Some files have their names already; all were compared with the journal.
-        if self.staging.is_committing() {
-            return Ok(());
-        }
-        let staged = OpenOptions::new()
-            .format(self.plan.kind.format)
-            .unfinished(UnfinishedCheckpoint::Open)
-            .open(self.staging.directory())
-            .map_err(Error::Layout)?;
-        let found = self.verify_options().digests(&staged, self.control)?;
-        let differences = differences(expected, &found);
-        if differences.is_empty() {
-            return Ok(());
-        }
-        Err(Error::NotAsRead {
-            path: self.plan.target.clone(),
-            differences: differences.iter().map(ToString::to_string).collect(),
-        })
-    }
-
-    fn copy(&self, name: &str, path: &Path) -> Result<()> {
-        self.control.check().map_err(Error::reading)?;
+    fn copy(&self, companion: &Companion) -> Result<()> {
         let failed = |source| Error::Companion {
-            path: path.to_owned(),
+            path: companion.path.clone(),
             source,
         };
-        let mut source = File::open(path).map_err(failed)?;
-        self.staging
-            .write_from(name, &mut source)
-            .map_err(|(path, error)| written(&path, 0, error))
+        let mut source = File::open(&companion.path).map_err(failed)?;
+        let (mut file, path) = self.staging.create(&companion.name)?;
+        let mut left_bytes = companion.bytes;
+        let mut buffer = vec![0; COPY_BYTES];
+        loop {
+            self.control.check().map_err(Error::reading)?;
+            let count = match source.read(&mut buffer) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                read => read.map_err(failed)?,
+            };
+            if count as u64 > left_bytes || (count == 0 && left_bytes > 0) {
+                let changed = "its length has changed since the conversion was planned";
+                return Err(failed(io::Error::other(changed)));
+            }
+            if count == 0 {
+                break;
+            }
+            file.write_all(&buffer[..count])
+                .map_err(|error| written(&path, left_bytes, error))?;
+            left_bytes -= count as u64;
+        }
+        file.sync_all().map_err(|error| written(&path, 0, error))
     }
 
     fn write_small(&self, name: &str, contents: &[u8]) -> Result<()> {
-        self.staging
-            .write_from(name, &mut io::Cursor::new(contents))
-            .map_err(|(path, error)| written(&path, contents.len() as u64, error))
+        let (mut file, path) = self.staging.create(name)?;
+        file.write_all(contents)
+            .and_then(|()| file.sync_all())
+            .map_err(|error| written(&path, contents.len() as u64, error))
     }
+}
+
+fn verify_options(plan: &ConversionPlan, reading: Reading) -> VerifyOptions {
+    // Little data has small buffers, and no limit is lower than the least.
+    let limit_bytes = plan.buffers.total_bytes();
+    VerifyOptions::new()
+        .memory_limit_bytes(limit_bytes.max(ConvertOptions::MIN_MEMORY_LIMIT_BYTES))
+        .reading(reading)
+}
+
+/// Opens what was written as a checkpoint and compares its tensors with those of the source.
+fn read_back(
+    plan: &ConversionPlan,
+    directory: &Path,
+    expected: &ContentDigests,
+    control: &Control,
+) -> Result<()> {
+    let found = OpenOptions::new()
+        .format(plan.kind.format)
+        .unfinished(UnfinishedCheckpoint::Open)
+        .open(directory)
+        .map_err(Error::Layout)?;
+    for file in found.files() {
+        // The device is asked, not the page cache, where the system lets us.
+        let _ = SourceFile::open(&file.path).and_then(|file| file.evict());
+    }
+    let found =
+        verify_options(plan, plan.reading.past_the_page_cache()).digests(&found, control)?;
+    let differences = differences(expected, &found);
+    if differences.is_empty() {
+        return Ok(());
+    }
+    Err(Error::NotAsRead {
+        path: plan.target.clone(),
+        differences: differences.iter().map(ToString::to_string).collect(),
+    })
 }
 
 /// Whether a record holds this tensor's elements in row-major order.
@@ -430,6 +504,16 @@ impl Piece {
     }
 }
 
+struct StopOnPanic<'a>(&'a CancelToken);
+
+impl Drop for StopOnPanic<'_> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.0.cancel();
+        }
+    }
+}
+
 /// What the writers share.
 struct Writing<'a> {
     staging: &'a Staging,
@@ -462,43 +546,52 @@ impl Writing<'_> {
 
     /// Writes pieces as they come, until there are no more.
     fn run(&self, pieces: &Mutex<Receiver<Piece>>) {
+        // Nobody would write what still comes, and the readers would wait for its buffers.
+        let _guard = StopOnPanic(&self.stop);
         loop {
             let piece = pieces.lock().unwrap_or_else(PoisonError::into_inner).recv();
             let Ok(piece) = piece else { return };
             // After a failure what still comes is dropped, so that its buffers are free.
-            if self.stop.is_cancelled() {
-                continue;
-            }
-            if let Err(error) = self.write(piece) {
-                let mut outcome = self.outcome.lock().unwrap_or_else(PoisonError::into_inner);
-                // What the user stopped, or what another writer's failure stopped, is no failure.
-                if !error.is_cancelled() {
-                    outcome.error.get_or_insert(error);
-                }
-                self.stop.cancel();
+            if !self.stop.is_cancelled() {
+                self.write(piece);
             }
         }
     }
 
-    fn write(&self, piece: Piece) -> Result<()> {
+    fn fail(&self, error: Error) {
+        let mut outcome = self.outcome.lock().unwrap_or_else(PoisonError::into_inner);
+        // What the user stopped, or what another writer's failure stopped, is no failure.
+        if !error.is_cancelled() {
+            outcome.error.get_or_insert(error);
+        }
+        self.stop.cancel();
+    }
+
+    fn write(&self, piece: Piece) {
         let Piece {
             file,
             offset,
             bytes,
         } = piece;
-        file.target
-            .write_all_at(&bytes, offset, &self.control)
-            .map_err(|error| self.failed(file.target.path(), error))?;
+        let written = file.target.write_all_at(&bytes, offset, &self.control);
         self.left_bytes
             .fetch_sub(bytes.len() as u64, Ordering::Relaxed);
-        drop(bytes);
-        let Some(file) = Arc::into_inner(file) else {
-            return Ok(());
-        };
-        // A piece may be among those that were dropped.
-        if self.stop.is_cancelled() {
-            return Err(Error::Cancelled);
+        if let Err(error) = written {
+            // While the file is held, so that nobody takes it for complete meanwhile.
+            self.fail(self.failed(file.target.path(), error));
+            return;
         }
+        drop(bytes);
+        if let Some(file) = Arc::into_inner(file)
+            // A piece may be among those that were dropped.
+            && !self.stop.is_cancelled()
+            && let Err(error) = self.finish(file)
+        {
+            self.fail(error);
+        }
+    }
+
+    fn finish(&self, file: Writable) -> Result<()> {
         let Some(&digest) = file.digest.get() else {
             return Ok(());
         };

@@ -13,12 +13,13 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use tensora_formats::UNFINISHED_NAME;
 
 use crate::journal::{self, Fingerprint, Finished, Journal, Record};
-use crate::target::{names, nearest_existing, or_current, refused, sync_directory};
+use crate::target::{Replaced, nearest_existing, or_current, refused, sync_directory};
 use crate::{Error, Kept, Result, Unfinished};
 
 /// Hidden, so that no reader takes it for a rank or a shard.
 const DIRECTORY_NAME: &str = ".tensora-convert";
-const JOURNAL_NAME: &str = "journal";
+/// Hidden, as no file of a checkpoint and no companion is.
+const JOURNAL_NAME: &str = ".journal";
 
 fn directory(target: &Path) -> PathBuf {
     target.join(DIRECTORY_NAME)
@@ -29,7 +30,10 @@ pub(crate) fn kept(target: &Path) -> Result<Kept> {
     let record = journal::peek(&directory(target).join(JOURNAL_NAME))?.unwrap_or_default();
     Ok(Kept {
         files: record.finished.len(),
-        bytes: record.finished.values().map(|file| file.bytes).sum(),
+        bytes: record
+            .finished
+            .values()
+            .fold(0, |sum, file| sum.saturating_add(file.bytes)),
     })
 }
 
@@ -45,17 +49,56 @@ pub(crate) fn check(target: &Path, unfinished: Unfinished) -> Result<bool> {
             _ => Ok(false),
         };
     }
+    check_own(&directory)?;
     let record = journal::peek(&directory.join(JOURNAL_NAME))?.unwrap_or_default();
+    if !is_untouched(&directory, &record) {
+        check_record(&directory, &record, unfinished)?;
+    }
+    Ok(record.is_committing)
+}
+
+/// Whether nothing has been written there: a conversion has just begun, or was killed as it began.
+fn is_untouched(directory: &Path, record: &Record) -> bool {
+    let is_nothing = |(name, _): &(String, bool)| name == JOURNAL_NAME;
+    record.is_empty() && entries(directory).iter().all(is_nothing)
+}
+
+/// Checks that the directory was made by this user. What is in it may be kept, or removed.
+fn check_own(directory: &Path) -> Result<()> {
+    let found = fs::symlink_metadata(directory).map_err(refused(directory, "access"))?;
+    let refuse = |what| {
+        Err(Error::NotStaging {
+            path: directory.to_owned(),
+            what,
+        })
+    };
+    if !found.is_dir() {
+        return refuse("is no directory");
+    }
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::MetadataExt;
+        if found.uid() != rustix::process::geteuid().as_raw() {
+            return refuse("belongs to another user");
+        }
+    }
+    Ok(())
+}
+
+/// Checks that what a journal says does not forbid to go on, or to start over.
+fn check_record(directory: &Path, record: &Record, unfinished: Unfinished) -> Result<()> {
+    let path = directory.to_owned();
     match unfinished {
         Unfinished::Refuse => Err(Error::Interrupted {
-            path: directory,
+            path,
             files: record.finished.len(),
         }),
-        Unfinished::Discard if record.is_committing => {
-            Err(Error::OnlyToBeFinished { path: directory })
-        }
-        Unfinished::Discard => Ok(false),
-        Unfinished::Resume => Ok(record.is_committing),
+        Unfinished::Discard if record.is_committing => Err(Error::OnlyToBeFinished { path }),
+        Unfinished::Resume if record.is_foreign => Err(Error::CannotResume {
+            path,
+            what: "another version of this program wrote its journal",
+        }),
+        Unfinished::Discard | Unfinished::Resume => Ok(()),
     }
 }
 
@@ -124,32 +167,37 @@ impl Staging {
                 }
             }
         }
-        let (mut journal, mut record) =
-            Journal::open(&staging.join(JOURNAL_NAME)).inspect_err(|_| {
-                remove_directories(&created);
-            })?;
-        let is_new = created.last() == Some(&staging);
-        if !is_new {
+        // Another conversion may have begun in what this one has created; then it stays.
+        let tidy = |error| {
+            remove_directories(&created);
+            error
+        };
+        check_own(&staging).map_err(tidy)?;
+        let (journal, mut record) = Journal::open(&staging.join(JOURNAL_NAME)).map_err(tidy)?;
+        // Whoever has the journal has the directory, and not who created it.
+        if !is_untouched(&staging, &record) {
+            // Now that nobody else can change it.
+            check_record(&staging, &record, unfinished)?;
             match unfinished {
-                Unfinished::Refuse => {
-                    return Err(Error::Interrupted {
-                        path: staging,
-                        files: record.finished.len(),
-                    });
-                }
                 Unfinished::Resume => check_fingerprint(&staging, &record, fingerprint)?,
-                Unfinished::Discard => record = Record::default(),
+                _ => record = Record::default(),
             }
         }
-        created.retain(|path| *path != staging);
+        let is_begun = record.fingerprint.is_some();
+        let resumed = record.clone();
         record.fingerprint = Some(fingerprint.clone());
-        journal.rewrite(fingerprint, &record)?;
+        created.retain(|path| *path != staging);
+        // From here on, dropping it tidies up.
         let staging = Self {
             target: target.to_owned(),
             directory: staging,
             created,
             progress: Mutex::new(Progress { journal, record }),
         };
+        match is_begun {
+            true => staging.progress().journal.resume(&resumed)?,
+            false => staging.progress().journal.begin(fingerprint)?,
+        }
         staging.remove_unfinished();
         mark(&staging.directory)?;
         sync_directory(&staging.directory)?;
@@ -182,7 +230,7 @@ impl Staging {
         let finished = *progress.record.finished.get(name)?;
         let staged = self.directory.join(name);
         // It may have got its name before the conversion was interrupted.
-        let path = match progress.record.is_committing && !staged.is_file() {
+        let path = match progress.record.is_committing && !is_file(&staged) {
             true => self.target.join(name),
             false => staged,
         };
@@ -212,35 +260,21 @@ impl Staging {
             let mut progress = self.progress();
             let Progress { journal, record } = &mut *progress;
             record.finished.remove(name);
-            if let Some(fingerprint) = &record.fingerprint {
-                journal.rewrite(fingerprint, record)?;
-            }
+            journal.forget(name)?;
         }
         remove(&self.directory.join(name))
     }
 
-    /// Writes a small file of what `source` yields, safe on the device when this returns. The error names the
-    /// file that could not be written.
-    pub(crate) fn write_from(
-        &self,
-        name: &str,
-        source: &mut dyn io::Read,
-    ) -> std::result::Result<(), (PathBuf, io::Error)> {
-        let path = self.directory.join(name);
-        let written = create_parent(&self.directory, &path)
-            .map_err(|error| io::Error::other(error.to_string()))
-            .and_then(|()| {
-                OpenOptions::new()
-                    .write(true)
-                    .create(true)
-                    .truncate(true)
-                    .open(&path)
-            })
-            .and_then(|mut file| {
-                io::copy(source, &mut file)?;
-                file.sync_all()
-            });
-        written.map_err(|error| (path, error))
+    /// Creates a file, also where an interrupted conversion has left one.
+    pub(crate) fn create(&self, name: &str) -> Result<(File, PathBuf)> {
+        let path = self.path(name)?;
+        remove(&path)?;
+        let file = OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .open(&path)
+            .map_err(refused(&path, "create"))?;
+        Ok((file, path))
     }
 
     /// Gives all files their names: `data` in that order, then `indexes`, each of which makes a checkpoint
@@ -248,16 +282,22 @@ impl Staging {
     ///
     /// Interrupted, by an error or a crash, it is taken up where it was.
     pub(crate) fn commit(
-        self,
+        &self,
         data: &[String],
         indexes: &[String],
-        replaced: &[String],
+        replaced: &Replaced,
     ) -> Result<()> {
         let directories: BTreeSet<PathBuf> = data
             .iter()
             .chain(indexes)
-            .chain(replaced)
+            .chain(&replaced.files)
             .filter_map(|name| Some(self.target.join(Path::new(name).parent()?)))
+            .chain(
+                replaced
+                    .directories
+                    .iter()
+                    .map(|name| self.target.join(name)),
+            )
             .chain([self.target.clone()])
             .collect();
         {
@@ -273,9 +313,13 @@ impl Staging {
             sync_directory(directory)?;
         }
         // For readers that know nothing of the marker, as little as possible looks like a checkpoint.
-        let is_old = |name: &&String| !data.contains(name);
-        let mut stale: Vec<&String> = replaced.iter().filter(is_old).collect();
-        stale.sort_by_key(|name| !name.ends_with(".json"));
+        let is_old = |name: &&String| {
+            // What has its name already, from before the interruption, is not old.
+            let is_placed = indexes.contains(name) && !is_file(&self.directory.join(name));
+            !data.contains(name) && !is_placed && !name.ends_with(UNFINISHED_NAME)
+        };
+        let mut stale: Vec<&String> = replaced.files.iter().filter(is_old).collect();
+        stale.sort_by_key(|name| !name.ends_with(".json") && !indexes.contains(name));
         for name in stale {
             remove(&self.target.join(name))?;
         }
@@ -294,11 +338,20 @@ impl Staging {
         // The root comes first in this order, and loses its marker last.
         for directory in directories.iter().rev() {
             sync_directory(directory)?;
-            remove(&directory.join(UNFINISHED_NAME))?;
-            sync_directory(directory)?;
-            // Of ranks that there are no more.
-            if *directory != self.target {
-                let _ = fs::remove_dir(directory);
+            let is_gone = replaced
+                .directories
+                .iter()
+                .any(|name| self.target.join(name) == *directory);
+            if is_gone {
+                remove(&directory.join(UNFINISHED_NAME))?;
+                match fs::remove_dir(directory) {
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                    removed => removed.map_err(refused(directory, "remove"))?,
+                }
+                sync_directory(&self.target)?;
+            } else {
+                remove(&directory.join(UNFINISHED_NAME))?;
+                sync_directory(directory)?;
             }
         }
         sync_directory(&self.target)?;
@@ -313,7 +366,7 @@ impl Staging {
     fn rename(&self, name: &str) -> Result<()> {
         let (staged, path) = (self.directory.join(name), self.target.join(name));
         match fs::rename(&staged, &path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound && path.is_file() => Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound && is_file(&path) => Ok(()),
             renamed => renamed.map_err(refused(&path, "rename a temporary file to")),
         }
     }
@@ -321,14 +374,18 @@ impl Staging {
     /// Removes every file that is not finished. What cannot be removed now is overwritten later.
     fn remove_unfinished(&self) {
         let progress = self.progress();
-        let mut directories = vec![String::new()];
-        while let Some(prefix) = directories.pop() {
-            for name in names(&self.directory.join(&prefix)).unwrap_or_default() {
-                let name = format!("{prefix}{name}");
-                let path = self.directory.join(&name);
-                if path.is_dir() {
-                    directories.push(format!("{name}/"));
-                } else if name != JOURNAL_NAME && !progress.record.finished.contains_key(&name) {
+        for (name, is_directory) in entries(&self.directory) {
+            // Those of ranks are all that there are.
+            let files = match is_directory {
+                true => entries(&self.directory.join(&name))
+                    .into_iter()
+                    .map(|(file, _)| format!("{name}/{file}"))
+                    .collect(),
+                false => vec![name],
+            };
+            for name in files {
+                if name != JOURNAL_NAME && !progress.record.finished.contains_key(&name) {
+                    let path = self.directory.join(&name);
                     warn(fs::remove_file(&path), &path);
                 }
             }
@@ -338,9 +395,9 @@ impl Staging {
     /// Removes the directory and all that is in it; the journal last, because it says what there is.
     fn remove_all(&self) {
         let journal = self.directory.join(JOURNAL_NAME);
-        for name in names(&self.directory).unwrap_or_default() {
+        for (name, is_directory) in entries(&self.directory) {
             let path = self.directory.join(&name);
-            if path.is_dir() {
+            if is_directory {
                 warn(fs::remove_dir_all(&path), &path);
             } else if path != journal {
                 warn(fs::remove_file(&path), &path);
@@ -349,6 +406,25 @@ impl Staging {
         warn(fs::remove_file(&journal), &journal);
         warn(fs::remove_dir(&self.directory), &self.directory);
     }
+}
+
+/// What is in a directory, and whether that is a directory itself. Symbolic links are not followed.
+fn entries(directory: &Path) -> Vec<(String, bool)> {
+    let Ok(entries) = fs::read_dir(directory) else {
+        return Vec::new();
+    };
+    entries
+        .filter_map(|entry| {
+            let entry = entry.ok()?;
+            let name = entry.file_name().into_string().ok()?;
+            Some((name, entry.file_type().ok()?.is_dir()))
+        })
+        .collect()
+}
+
+/// Whether a regular file is there, and not a link to one.
+fn is_file(path: &Path) -> bool {
+    fs::symlink_metadata(path).is_ok_and(|found| found.is_file())
 }
 
 impl Drop for Staging {
@@ -385,9 +461,10 @@ fn check_fingerprint(staging: &Path, record: &Record, fingerprint: &Fingerprint)
         }
         Some(_) => return Ok(()),
     };
-    Err(Error::CannotResume {
-        path: staging.to_owned(),
-        what,
+    let path = staging.to_owned();
+    Err(match record.is_committing {
+        true => Error::CannotFinish { path, what },
+        false => Error::CannotResume { path, what },
     })
 }
 
@@ -395,12 +472,17 @@ fn check_fingerprint(staging: &Path, record: &Record, fingerprint: &Fingerprint)
 fn mark(directory: &Path) -> Result<()> {
     let path = directory.join(UNFINISHED_NAME);
     let text = "A conversion has not put all of its files in place here; `tensora convert` with --resume does.\n";
-    File::create(&path)
-        .and_then(|mut file| {
-            file.write_all(text.as_bytes())?;
-            file.sync_all()
-        })
-        .map_err(refused(&path, "create"))
+    // Not through a link that somebody has put there.
+    let created = OpenOptions::new().write(true).create_new(true).open(&path);
+    match created {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        created => created
+            .and_then(|mut file| {
+                file.write_all(text.as_bytes())?;
+                file.sync_all()
+            })
+            .map_err(refused(&path, "create")),
+    }
 }
 
 /// Removes a file that may be gone already.

@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::io;
 use std::path::Path;
 
-use tensora_formats::{CheckpointIndex, Format};
+use tensora_formats::{CheckpointIndex, Format, UNFINISHED_NAME};
 
 use crate::{ConvertOptions, Error, Overwrite, Result, SIDECAR_NAME, staging};
 
@@ -68,15 +68,27 @@ impl Kind {
     }
 }
 
-/// Checks that a checkpoint of this kind may be written to `directory`, and returns the names of the
-/// files there that it replaces, relative to the directory.
+/// What of a target is gone once a conversion is complete.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Replaced {
+    /// Files, relative to the target.
+    pub(crate) files: Vec<String>,
+    /// Directories of ranks that there are no more. Nothing else is in them.
+    pub(crate) directories: Vec<String>,
+}
+
+/// Checks that a checkpoint of this kind may be written to `directory`, and returns what it replaces.
+///
+/// Whatever could keep files from getting their names is found here: later it is too late.
 pub(crate) fn check_occupancy(
     directory: &Path,
+    source: &CheckpointIndex,
     kind: &Kind,
     overwrite: Overwrite,
-) -> Result<Vec<String>> {
+) -> Result<Replaced> {
     let mut same = Vec::new();
     let mut other = Vec::new();
+    let mut gone = Vec::new();
     for name in names(directory)? {
         match Family::of_name(&name) {
             Some(Family::Ranks) if kind.family() == Family::Ranks => {
@@ -85,15 +97,21 @@ pub(crate) fn check_occupancy(
                     other.push(name);
                     continue;
                 }
+                check_rank_directory(directory, &rank)?;
+                let is_gone = !kind.ranks.contains(&name);
                 for file in names(&rank)? {
-                    let is_checkpoint = Family::of_name(&file) == Some(Family::ServerlessLlm);
+                    let is_checkpoint = Family::of_name(&file) == Some(Family::ServerlessLlm)
+                        || file == UNFINISHED_NAME;
                     let file = format!("{name}/{file}");
                     if is_checkpoint {
                         same.push(file);
-                    } else if !kind.ranks.contains(&name) {
+                    } else if is_gone {
                         // The directory would stay, as a rank without a checkpoint.
                         other.push(file);
                     }
+                }
+                if is_gone {
+                    gone.push(name);
                 }
             }
             Some(family) if family == kind.family() => same.push(name),
@@ -112,14 +130,79 @@ pub(crate) fn check_occupancy(
             files: other,
         });
     }
-    if !same.is_empty() && overwrite == Overwrite::Refuse {
+    let is_occupied = !same.is_empty() || !gone.is_empty();
+    if is_occupied && overwrite == Overwrite::Refuse {
+        same.extend(gone);
         same.truncate(NAMED_FILES);
         return Err(Error::TargetOccupied {
             path: directory.to_owned(),
             files: same,
         });
     }
-    Ok(same)
+    check_replaceable(directory, &same, source)?;
+    Ok(Replaced {
+        files: same,
+        directories: gone,
+    })
+}
+
+/// Checks that files can be put into the directory of a rank by renaming.
+fn check_rank_directory(target: &Path, rank: &Path) -> Result<()> {
+    let found = fs::symlink_metadata(rank).map_err(refused(rank, "access"))?;
+    let refuse = |what| {
+        Err(Error::NotReplaceable {
+            path: rank.to_owned(),
+            what,
+        })
+    };
+    if found.is_symlink() {
+        return refuse("is a symbolic link");
+    }
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::MetadataExt;
+        let around = fs::metadata(target).map_err(refused(target, "access"))?;
+        if around.dev() != found.dev() {
+            return refuse("is another file system");
+        }
+    }
+    #[cfg(not(unix))]
+    let _ = target;
+    Ok(())
+}
+
+/// Checks that these are files, and none of them of the source.
+fn check_replaceable(directory: &Path, files: &[String], source: &CheckpointIndex) -> Result<()> {
+    let sources: Vec<_> = match files {
+        [] => Vec::new(),
+        _ => source
+            .files()
+            .iter()
+            .filter_map(|file| fs::canonicalize(&file.path).ok())
+            .collect(),
+    };
+    for file in files {
+        let path = directory.join(file);
+        match fs::symlink_metadata(&path) {
+            Ok(found) if found.is_dir() => {
+                return Err(Error::NotReplaceable {
+                    path,
+                    what: "is a directory under the name of a file",
+                });
+            }
+            Ok(found) if !found.is_symlink() => {}
+            // Replacing a link leaves what it leads to.
+            Ok(_) => continue,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            Err(error) => return Err(refused(&path, "access")(error)),
+        }
+        if fs::canonicalize(&path).is_ok_and(|real| sources.contains(&real)) {
+            return Err(Error::TargetIsSource {
+                path: directory.to_owned(),
+            });
+        }
+    }
+    Ok(())
 }
 
 /// The names in a directory; lossy where one is not UTF-8, which none of ours is.
@@ -181,7 +264,7 @@ pub(crate) fn check_directory(
     if existing == directory {
         check_apart(directory, source)?;
         if !staging::check(directory, options.unfinished)? {
-            check_occupancy(directory, kind, options.overwrite)?;
+            check_occupancy(directory, source, kind, options.overwrite)?;
         }
     }
     free_bytes(existing)

@@ -127,7 +127,7 @@ impl Stage {
             }
         }
         let mut left = common::names(&self.staging());
-        left.retain(|name| name != "journal" && name != ".tensora-unfinished");
+        left.retain(|name| name != ".journal" && name != ".tensora-unfinished");
         let index = CheckpointIndex::open(&self.source).unwrap();
         let resumed = self.options().unfinished(Unfinished::Resume);
         let kept = resumed.plan(&index, &self.target).unwrap().kept().unwrap();
