@@ -524,6 +524,68 @@ fn limits_on_memory_are_seen_before_reading() {
     }
 }
 
+/// The directory of the control group of this process that has the memory controller, and the names of the files with its
+/// limit and its use.
+fn control_group() -> Option<(PathBuf, [&'static str; 2])> {
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").ok()?;
+    let membership = std::fs::read_to_string("/proc/self/cgroup").ok()?;
+    let own = |is_it: &dyn Fn(&str) -> bool| {
+        membership.lines().find_map(|line| {
+            let (controllers, path) = line.split_once(':')?.1.split_once(':')?;
+            is_it(controllers).then_some(path)
+        })
+    };
+    let of_memory = own(&|names| names.split(',').any(|name| name == "memory"));
+    let (file_system, own, files) = match of_memory {
+        Some(own) => (
+            "cgroup",
+            own,
+            ["memory.limit_in_bytes", "memory.usage_in_bytes"],
+        ),
+        None => (
+            "cgroup2",
+            own(&str::is_empty)?,
+            ["memory.max", "memory.current"],
+        ),
+    };
+    let point = mounts.lines().find_map(|line| {
+        let (place, kind) = line.split_once(" - ")?;
+        let mut kind = kind.split(' ');
+        let is_it = kind.next()? == file_system
+            && (file_system == "cgroup2" || kind.next_back()?.split(',').any(|o| o == "memory"));
+        is_it.then_some(place.split(' ').nth(4)?)
+    });
+    let directory = Path::new(point?).join(own.trim_start_matches('/'));
+    directory.is_dir().then_some((directory, files))
+}
+
+/// What the kernel says of the group is replaced, where only this process sees it; no group is made or changed.
+#[test]
+fn a_control_group_that_is_too_small_is_seen_before_reading() {
+    if !with_mounts("a_control_group_that_is_too_small_is_seen_before_reading") {
+        return;
+    }
+    let trial = Trial::new();
+    let (_directory, path) = hole(LARGE_BYTES);
+    let Some((group, [limit, used])) = control_group() else {
+        return skip("a small control group: no control group for memory here");
+    };
+    mount("tmpfs", &group, "tmpfs", MountFlags::empty(), None).unwrap();
+    std::fs::write(group.join(limit), (512 << 20).to_string()).unwrap();
+    std::fs::write(group.join(used), (100 << 20).to_string()).unwrap();
+    std::fs::write(group.join("memory.stat"), "inactive_file 0\n").unwrap();
+    let file = group.join(limit);
+    expect_no_fit(
+        &path,
+        &trial.usable,
+        &["control group", file.to_str().unwrap()],
+    );
+    trial.works();
+    // Full to the last page: even little is refused.
+    std::fs::write(group.join(used), (512 << 20).to_string()).unwrap();
+    trial.refuses(None, &["control group", file.to_str().unwrap()]);
+}
+
 /// Whatever the limit, a load gives its bytes or an error: never an abort or a wrong byte.
 #[test]
 fn tight_limits_on_memory_are_errors() {
