@@ -127,9 +127,9 @@ pub(crate) struct PlanArgs {
 /// machine can do. What is named is obeyed, or fails with the reason; it is never replaced.
 ///
 /// Unless `--memory owned` is given, tensors may be views of the mapped files. The command then takes
-/// it on itself that nobody truncates or rewrites the files while it runs. If somebody does all the
-/// same, it reports wrong content or is killed by the signal SIGBUS. Replacing a file by renaming
-/// another one over it is harmless.
+/// it on itself that nobody truncates or rewrites the files while it runs. If somebody rewrites one all
+/// the same, it reports wrong content; if somebody truncates one while it is hashed, it says so and exits
+/// with 135 (128 and the number of SIGBUS). Replacing a file by renaming another one over it is harmless.
 #[derive(Debug, Args)]
 #[command(after_long_help = "\
 Examples:

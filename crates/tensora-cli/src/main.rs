@@ -6,6 +6,8 @@
 #![deny(unsafe_code)]
 
 mod args;
+#[cfg(target_os = "linux")]
+mod bus_error;
 mod commands;
 mod failure;
 mod mapping;

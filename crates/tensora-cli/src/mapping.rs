@@ -18,7 +18,8 @@ pub(crate) fn permit() -> MappingPermit {
     // other processes from doing so: there it relies on the user, to whom `load --help`,
     // `calibrate --help` and the README state the contract and the consequences. Breaking it is
     // undefined behaviour by Rust's rules. The bytes are only ever brought into memory, copied or hashed
-    // as plain bytes, so what comes of it is a wrong digest, or SIGBUS past a truncated end.
+    // as plain bytes, so what comes of it is a wrong digest, or SIGBUS past a truncated end, which
+    // `bus_error` reports.
     // `--memory owned` never comes here and relies on nobody.
     unsafe { MappingPermit::new() }
 }

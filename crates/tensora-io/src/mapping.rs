@@ -21,8 +21,9 @@ impl MappingPermit {
     /// Of every file mapped with this permit or a copy of it: while the mapping, or any [`Bytes`] made of
     /// it, is in use, nobody may truncate the file or write to it, in this process or any other. A write would
     /// change bytes behind a shared reference, which is undefined behaviour; access past a truncated
-    /// end, or to a page that the device cannot deliver, kills the process with `SIGBUS`. Replacing the file by renaming another one over it is fine: the
-    /// mapping keeps the old one.
+    /// end, or to a page that the device cannot deliver, raises `SIGBUS`, which kills a process that has no handler
+    /// for it; this library installs none. Replacing the file by renaming another one over it is fine: the mapping
+    /// keeps the old one.
     pub const unsafe fn new() -> Self {
         Self(())
     }

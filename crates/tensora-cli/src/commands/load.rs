@@ -56,6 +56,8 @@ pub(crate) fn load(arguments: &LoadArgs, console: &Console) -> Result<()> {
     progress.finish();
     let mut result = LoadResult::new(&checkpoint);
     if arguments.digest {
+        #[cfg(target_os = "linux")]
+        let _watch = crate::bus_error::watch(&checkpoint)?;
         let begun = Instant::now();
         result.digest = Some(digest(&checkpoint, console)?.to_string());
         result.digest_seconds = Some(begun.elapsed().as_secs_f64());

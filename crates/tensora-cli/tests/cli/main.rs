@@ -14,6 +14,7 @@ mod doctor;
 mod inspect;
 mod interrupted;
 mod load;
+mod machines;
 mod parts;
 mod plan;
 mod readme;
