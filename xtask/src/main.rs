@@ -11,8 +11,11 @@ use tensora_formats::Format;
 use xtask::bench::BenchArguments;
 use xtask::demo::DemoArguments;
 use xtask::fixtures::{self, Data, Existing};
+use xtask::fuzz::FuzzArguments;
 use xtask::instructions::InstructionsArguments;
 use xtask::presets::{self, PRESETS, Preset};
+use xtask::simulate::SimulateArguments;
+use xtask::soak::SoakArguments;
 
 #[derive(Debug, Parser)]
 #[command(name = "cargo xtask", about = "Chores of the Tensora repository")]
@@ -27,6 +30,12 @@ enum Chore {
     Bench(BenchArguments),
     /// Count the instructions of what the processor bounds, beside those of the safetensors crate
     Instructions(InstructionsArguments),
+    /// Load, stream, digest and convert thousands of times in one process, and watch what it holds
+    Soak(SoakArguments),
+    /// Run the tests in which reads go wrong, with as many seeds as time allows
+    Simulate(SimulateArguments),
+    /// Run every fuzz target for a while
+    Fuzz(FuzzArguments),
     /// Check the repository's invariants
     Tidy,
     /// Check that every combination of cargo features compiles without warnings
@@ -121,6 +130,9 @@ fn main() -> Result<()> {
         Chore::Demo(arguments) => arguments.run(),
         Chore::Bench(arguments) => arguments.run(),
         Chore::Instructions(arguments) => arguments.run(),
+        Chore::Soak(arguments) => arguments.run(),
+        Chore::Simulate(arguments) => arguments.run(),
+        Chore::Fuzz(arguments) => arguments.run(),
         Chore::Tidy => xtask::tidy::run(),
         Chore::Features => xtask::features::run(),
     }
