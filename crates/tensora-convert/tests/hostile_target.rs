@@ -1,0 +1,267 @@
+//! What is in a target directory is not trusted, and nothing outside of it is touched.
+#![cfg(unix)]
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a test fails its test just so"
+)]
+
+mod common;
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::Path;
+
+use common::{Record, names, noise, read, write, write_ranks};
+use tensora_convert::{Companions, ConvertOptions, Error, Overwrite, Unfinished};
+use tensora_formats::{CheckpointIndex, Dtype, Format, UNFINISHED_NAME};
+use tensora_io::{CancelToken, Control};
+
+fn records(seed: u64) -> Vec<Record> {
+    ["a", "b", "c"]
+        .iter()
+        .zip(seed..)
+        .map(|(name, seed)| Record::plain(name, Dtype::F32, &[64, 16], seed))
+        .collect()
+}
+
+fn run(options: &ConvertOptions, source: &Path, target: &Path) -> Result<(), Error> {
+    let source = CheckpointIndex::open(source).unwrap();
+    options
+        .plan(&source, target)?
+        .run(&Control::new())
+        .map(drop)
+}
+
+fn assert_whole(target: &Path, expected: &Path) {
+    assert_eq!(
+        common::digest(&read(target).tensors),
+        common::digest(&read(expected).tensors)
+    );
+    assert!(!target.join(".tensora-convert").exists());
+    assert!(!target.join(UNFINISHED_NAME).exists());
+}
+
+#[test]
+fn links_lead_nobody_out_of_the_target() {
+    let directory = tempfile::tempdir().unwrap();
+    let (source, outside) = (
+        directory.path().join("source"),
+        directory.path().join("home"),
+    );
+    write(&source, &records(1), Format::Safetensors, 1);
+    fs::create_dir_all(outside.join("below")).unwrap();
+    fs::write(outside.join("precious"), "precious").unwrap();
+    fs::write(outside.join("below/precious"), "precious").unwrap();
+    let untouched = common::snapshot(&outside);
+
+    for unfinished in [Unfinished::Refuse, Unfinished::Resume, Unfinished::Discard] {
+        let options = ConvertOptions::new(Format::ServerlessLlmStore).unfinished(unfinished);
+        // The whole of it is somewhere else.
+        let target = directory.path().join(format!("a-{unfinished:?}"));
+        fs::create_dir(&target).unwrap();
+        symlink(&outside, target.join(".tensora-convert")).unwrap();
+        let error = run(&options, &source, &target).unwrap_err();
+        assert!(matches!(error, Error::NotStaging { .. }), "{error}");
+
+        // Things in it are.
+        let target = directory.path().join(format!("b-{unfinished:?}"));
+        let staging = target.join(".tensora-convert");
+        fs::create_dir_all(&staging).unwrap();
+        symlink(&outside, staging.join("rank_0")).unwrap();
+        symlink(outside.join("precious"), staging.join("tensor.data_0")).unwrap();
+        symlink(outside.join("precious"), staging.join(UNFINISHED_NAME)).unwrap();
+        let outcome = run(&options, &source, &target);
+        match unfinished {
+            Unfinished::Refuse => {
+                assert!(matches!(outcome, Err(Error::Interrupted { .. })));
+            }
+            _ => {
+                outcome.unwrap();
+                assert_whole(&target, &source);
+                let written = fs::symlink_metadata(target.join("tensor.data_0")).unwrap();
+                assert!(written.is_file());
+            }
+        }
+
+        // Its journal is.
+        let target = directory.path().join(format!("c-{unfinished:?}"));
+        fs::create_dir_all(target.join(".tensora-convert")).unwrap();
+        symlink(
+            outside.join("precious"),
+            target.join(".tensora-convert/.journal"),
+        )
+        .unwrap();
+        run(&options, &source, &target).unwrap_err();
+    }
+    assert_eq!(common::snapshot(&outside), untouched);
+}
+
+#[test]
+fn what_cannot_be_renamed_over_is_found_before_anything_is_written() {
+    let directory = tempfile::tempdir().unwrap();
+    let source = directory.path().join("source");
+    write(&source, &records(1), Format::Safetensors, 1);
+    fs::write(source.join("config.json"), "{}").unwrap();
+    let options = ConvertOptions::new(Format::ServerlessLlmStore)
+        .overwrite(Overwrite::Replace)
+        .companions(Companions::Copy);
+    for name in ["tensor.data_0", "tensor_index.json", "config.json"] {
+        let target = directory.path().join(format!("over-{name}"));
+        fs::create_dir_all(target.join(name).join("inside")).unwrap();
+        let error = run(&options, &source, &target).unwrap_err();
+        assert!(
+            matches!(&error, Error::NotReplaceable { path, .. } if path.ends_with(name)),
+            "{error}"
+        );
+        assert_eq!(names(&target), [name.to_owned(), format!("{name}/inside")]);
+    }
+
+    let ranks = directory.path().join("ranks");
+    write_ranks(
+        &ranks,
+        &[records(1), records(5)],
+        Format::ServerlessLlmStore,
+        1,
+    );
+    let (target, elsewhere) = (
+        directory.path().join("linked"),
+        directory.path().join("disk"),
+    );
+    fs::create_dir(&target).unwrap();
+    fs::create_dir(&elsewhere).unwrap();
+    symlink(&elsewhere, target.join("rank_0")).unwrap();
+    let error = run(&options, &ranks, &target).unwrap_err();
+    assert!(
+        matches!(&error, Error::NotReplaceable { path, .. } if path.ends_with("rank_0")),
+        "{error}"
+    );
+    assert!(names(&elsewhere).is_empty());
+}
+
+#[test]
+fn the_source_is_not_replaced_by_way_of_a_link_to_its_rank() {
+    let directory = tempfile::tempdir().unwrap();
+    let (target, source) = (
+        directory.path().join("target"),
+        directory.path().join("source"),
+    );
+    write_ranks(
+        &target,
+        &[records(1), records(5)],
+        Format::ServerlessLlmStore,
+        1,
+    );
+    fs::create_dir(&source).unwrap();
+    for rank in ["rank_0", "rank_1"] {
+        symlink(target.join(rank), source.join(rank)).unwrap();
+    }
+    let before = common::snapshot(&target);
+    let options =
+        ConvertOptions::new(Format::ServerlessLlmPartitioned).overwrite(Overwrite::Replace);
+    let error = run(&options, &source, &target).unwrap_err();
+    assert!(matches!(error, Error::TargetIsSource { .. }), "{error}");
+    assert_eq!(common::snapshot(&target), before);
+}
+
+#[test]
+fn fewer_ranks_replace_more() {
+    let directory = tempfile::tempdir().unwrap();
+    let (source, target) = (
+        directory.path().join("source"),
+        directory.path().join("target"),
+    );
+    write_ranks(
+        &source,
+        &[records(1), records(5)],
+        Format::ServerlessLlmStore,
+        1,
+    );
+    let old = [records(11), records(12), records(13), records(14)];
+    write_ranks(&target, &old, Format::ServerlessLlmStore, 1);
+    // What a program for logs makes of a rank that there is no more.
+    fs::create_dir(target.join("rank_7")).unwrap();
+    let options = ConvertOptions::new(Format::ServerlessLlmPartitioned);
+    let error = run(&options, &source, &target).unwrap_err();
+    assert!(matches!(error, Error::TargetOccupied { .. }), "{error}");
+
+    // Interrupted while it put its files in place: the marker is in every rank, nothing else has moved.
+    let staged = options.clone().overwrite(Overwrite::Replace);
+    let index = CheckpointIndex::open(&source).unwrap();
+    let plan = staged.plan(&index, &target).unwrap();
+    let token = CancelToken::new();
+    let stop = token.clone();
+    let control = Control::new()
+        .with_cancel(token)
+        .with_progress(move |_| stop.cancel());
+    let _ = plan.run(&control);
+    let resume = staged.clone().unfinished(Unfinished::Resume);
+    for rank in 0..4 {
+        fs::write(target.join(format!("rank_{rank}/{UNFINISHED_NAME}")), "").unwrap();
+    }
+    run(&resume, &source, &target).unwrap();
+    assert_whole(&target, &source);
+    assert!(!names(&target).iter().any(|name| {
+        name.starts_with("rank_") && !name.starts_with("rank_0") && !name.starts_with("rank_1")
+    }));
+
+    // A directory that holds something else keeps its rank from going, and is known beforehand.
+    fs::create_dir(target.join("rank_2")).unwrap();
+    fs::write(target.join("rank_2/log.txt"), noise(3, 1)).unwrap();
+    let error = run(&staged, &source, &target).unwrap_err();
+    assert!(
+        matches!(&error, Error::OtherCheckpoint { files, .. } if files == &["rank_2/log.txt"]),
+        "{error}"
+    );
+}
+
+#[test]
+fn companions_have_any_name_and_arrive_as_they_are() {
+    let directory = tempfile::tempdir().unwrap();
+    let (source, target) = (
+        directory.path().join("source"),
+        directory.path().join("target"),
+    );
+    write(&source, &records(1), Format::Safetensors, 1);
+    let large = noise((2 << 20) + 17, 3);
+    fs::write(source.join("journal"), &large).unwrap();
+    fs::write(source.join("empty"), "").unwrap();
+    let options = ConvertOptions::new(Format::ServerlessLlmStore).companions(Companions::Copy);
+    run(&options, &source, &target).unwrap();
+    assert_whole(&target, &source);
+    assert!(fs::read(target.join("journal")).unwrap() == large);
+    assert_eq!(fs::read(target.join("empty")).unwrap(), b"");
+
+    // One that grows after the space for it was found.
+    let index = CheckpointIndex::open(&source).unwrap();
+    let other = directory.path().join("other");
+    let plan = options.plan(&index, &other).unwrap();
+    fs::write(source.join("empty"), "no more").unwrap();
+    let error = plan.run(&Control::new()).unwrap_err();
+    assert!(matches!(error, Error::Companion { .. }), "{error}");
+}
+
+#[test]
+fn a_tensor_of_a_size_made_of_nothing_is_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let source = directory.path().join("source");
+    fs::create_dir(&source).unwrap();
+    fs::write(source.join("tensor.data_0"), [7; 8]).unwrap();
+    let index = r#"{"bomb":[0,1,[72057594037927936],[0],"torch.uint8"]}"#;
+    fs::write(source.join("tensor_index.json"), index).unwrap();
+    let source = CheckpointIndex::open(&source).unwrap();
+    let target = directory.path().join("target");
+    let options = ConvertOptions::new(Format::ServerlessLlmStore);
+    let checked = options
+        .clone()
+        .checksums(tensora_convert::Checksums::Write)
+        .plan(&source, &target)
+        .unwrap()
+        .run(&Control::new());
+    let error = checked.unwrap_err();
+    assert!(matches!(error, Error::TooManyWindows { .. }), "{error}");
+    let error = tensora_convert::VerifyOptions::new()
+        .digests(&source, &Control::new())
+        .unwrap_err();
+    assert!(matches!(error, Error::TooManyWindows { .. }), "{error}");
+}
