@@ -193,6 +193,25 @@ pub(crate) fn peek(path: &Path) -> Result<Option<Record>> {
     read(path, &mut file).map(Some)
 }
 
+/// Checks that no conversion under way has the journal.
+pub(crate) fn check_free(path: &Path) -> Result<()> {
+    #[cfg(unix)]
+    {
+        use rustix::fs::{FlockOperation, flock};
+        let file = open_regular(path, OpenOptions::new().read(true))?;
+        // For the moment that this file is open. Whoever has begun has the lock already.
+        let locked = flock(&file, FlockOperation::NonBlockingLockShared);
+        if locked == Err(rustix::io::Errno::WOULDBLOCK) {
+            return Err(Error::TargetBusy {
+                path: path.to_owned(),
+            });
+        }
+    }
+    #[cfg(not(unix))]
+    let _ = path;
+    Ok(())
+}
+
 /// Opens a file, but not through a symbolic link, and nothing that is no file.
 fn open_regular(path: &Path, options: &mut OpenOptions) -> Result<File> {
     #[cfg(unix)]

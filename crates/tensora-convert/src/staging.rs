@@ -50,7 +50,12 @@ pub(crate) fn check(target: &Path, unfinished: Unfinished) -> Result<bool> {
         };
     }
     check_own(&directory)?;
-    let record = journal::peek(&directory.join(JOURNAL_NAME))?.unwrap_or_default();
+    let journal = directory.join(JOURNAL_NAME);
+    let found = journal::peek(&journal)?;
+    if found.is_some() && unfinished == Unfinished::Refuse {
+        journal::check_free(&journal)?;
+    }
+    let record = found.unwrap_or_default();
     if !is_untouched(&directory, &record) {
         check_record(&directory, &record, unfinished)?;
     }
