@@ -364,7 +364,8 @@ impl Staging {
             sync_directory(or_current(parent))?;
         }
         self.remove_all();
-        Ok(())
+        // Without it, a crash could leave a conversion to be finished of which it was said that it is.
+        sync_directory(&self.target)
     }
 
     /// Gives a file its name, unless it got it before the conversion was interrupted.
