@@ -3,6 +3,7 @@
 #[cfg(feature = "shared")]
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::ops::Range;
+#[cfg(feature = "shared")]
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
