@@ -37,9 +37,25 @@ enum Chore {
     /// Run every fuzz target for a while
     Fuzz(FuzzArguments),
     /// Check the repository's invariants
-    Tidy,
+    Tidy(TidyArguments),
     /// Check that every combination of cargo features compiles without warnings
     Features,
+}
+
+#[derive(Debug, Args)]
+struct TidyArguments {
+    /// First write what is generated from the sources: docs/UNSAFE.md
+    #[arg(long)]
+    write: bool,
+}
+
+impl TidyArguments {
+    fn run(&self) -> Result<()> {
+        if self.write {
+            xtask::tidy::write()?;
+        }
+        xtask::tidy::run()
+    }
 }
 
 #[derive(Debug, Args)]
@@ -133,7 +149,7 @@ fn main() -> Result<()> {
         Chore::Soak(arguments) => arguments.run(),
         Chore::Simulate(arguments) => arguments.run(),
         Chore::Fuzz(arguments) => arguments.run(),
-        Chore::Tidy => xtask::tidy::run(),
+        Chore::Tidy(arguments) => arguments.run(),
         Chore::Features => xtask::features::run(),
     }
 }

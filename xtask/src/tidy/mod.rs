@@ -5,6 +5,7 @@
 
 mod dependencies;
 mod documents;
+mod inventory;
 mod source;
 mod sources;
 mod tracked;
@@ -13,8 +14,6 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-
-pub use sources::UnsafeCount;
 
 /// One place where the repository breaks one invariant.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -71,6 +70,10 @@ pub const ARCHITECTURE: &[Check] = &[
         run: sources::check_unsafe,
     },
     Check {
+        name: "inventory of unsafe code",
+        run: inventory::check,
+    },
+    Check {
         name: "vocabulary of tensora-io",
         run: sources::check_vocabulary,
     },
@@ -120,13 +123,19 @@ pub fn run() -> Result<()> {
         }
         broken += violations.len();
     }
-    for UnsafeCount { path, sites } in sources::count_unsafe(&root)? {
-        println!("      {sites:>3} unsafe sites in {path}");
-    }
     if broken > 0 {
         bail!("{broken} violations");
     }
     Ok(())
+}
+
+/// Writes what is generated from the sources: the inventory of unsafe code.
+///
+/// # Errors
+///
+/// When a source cannot be read, or the inventory not be written.
+pub fn write() -> Result<()> {
+    inventory::write(&repository_root())
 }
 
 /// The root of this repository.

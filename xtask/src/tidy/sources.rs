@@ -36,14 +36,14 @@ const IMPURE_MODULES: &[&str] = &["env", "fs", "io", "net", "os", "process", "th
 const IMPURE_NAMES: &[&str] = &["File", "Instant", "OpenOptions", "SystemTime"];
 
 /// A source file of the repository.
-struct Source {
+pub(super) struct Source {
     /// Relative to the root, with forward slashes.
-    path: String,
-    lines: Vec<Line>,
+    pub(super) path: String,
+    pub(super) lines: Vec<Line>,
 }
 
 impl Source {
-    fn parse(path: impl Into<String>, text: &str) -> Self {
+    pub(super) fn parse(path: impl Into<String>, text: &str) -> Self {
         Self {
             path: path.into(),
             lines: lines(text),
@@ -55,29 +55,21 @@ impl Source {
     }
 
     /// Whether the whole file is a test: it stands in a folder of tests or is a `tests.rs`.
-    fn is_test(&self) -> bool {
+    pub(super) fn is_test(&self) -> bool {
         self.path.contains("/tests/") || self.path.ends_with("/tests.rs")
     }
 }
 
-/// The number of unsafe sites in one file.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct UnsafeCount {
-    /// The file, relative to the repository's root.
-    pub path: String,
-    /// Blocks, implementations and declarations.
-    pub sites: usize,
-}
-
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum UnsafeKind {
+pub(super) enum UnsafeKind {
     /// Takes a contract on: a block or an implementation.
     Use,
     /// States a contract: a function, a trait, an extern block, an attribute.
     Declaration,
 }
 
-fn unsafe_sites(source: &Source) -> Vec<(usize, UnsafeKind)> {
+/// The lines with unsafe code.
+pub(super) fn unsafe_sites(source: &Source) -> Vec<(usize, UnsafeKind)> {
     let tokens = tokens(&source.lines);
     tokens
         .iter()
@@ -284,19 +276,6 @@ pub(super) fn check_purity(root: &Path) -> Result<Vec<Violation>> {
         .collect())
 }
 
-/// The files with unsafe code, and how many sites each has.
-pub(super) fn count_unsafe(root: &Path) -> Result<Vec<UnsafeCount>> {
-    let counts = read_all(root, &["crates", "benches", "xtask"])?
-        .into_iter()
-        .map(|source| UnsafeCount {
-            sites: unsafe_sites(&source).len(),
-            path: source.path,
-        })
-        .filter(|count| count.sites > 0)
-        .collect();
-    Ok(counts)
-}
-
 fn read(root: &Path, path: &Path) -> Result<Source> {
     let text = std::fs::read_to_string(path).with_context(|| format!("read {}", path.display()))?;
     let relative = path.strip_prefix(root).unwrap_or(path);
@@ -306,7 +285,8 @@ fn read(root: &Path, path: &Path) -> Result<Source> {
     ))
 }
 
-fn read_all(root: &Path, folders: &[&str]) -> Result<Vec<Source>> {
+/// Every Rust source below the folders, in the order of their paths.
+pub(super) fn read_all(root: &Path, folders: &[&str]) -> Result<Vec<Source>> {
     let mut paths = Vec::new();
     for folder in folders {
         collect_rust_files(&root.join(folder), &mut paths)?;
