@@ -14,6 +14,7 @@ use tensora_io::{
 };
 
 use crate::buffers::Buffers;
+use crate::identity;
 use crate::{Error, Reading, Result};
 
 /// Reading this much that is not needed costs less than another request.
@@ -409,9 +410,8 @@ pub(crate) fn read_tensors(
     let sources = index
         .files()
         .iter()
-        .map(|file| SourceFile::open(&file.path).map(Arc::new))
-        .collect::<Result<Vec<_>, _>>()
-        .map_err(Error::reading)?;
+        .map(|file| identity::open(file).map(Arc::new))
+        .collect::<Result<Vec<_>>>()?;
     for (position, &number) in tensors.iter().enumerate() {
         let tensor = &index.tensors()[number];
         if tensor.shape.contains(&0) || tensor.bytes == 0 {

@@ -1,10 +1,8 @@
 //! Whether a source is still what it was, and a conversion still the same one.
 
-use std::fs::Metadata;
 use std::io;
-use std::time::UNIX_EPOCH;
 
-use tensora_formats::{CheckpointIndex, FileEntry, Format, PlannedIndex};
+use tensora_formats::{CheckpointIndex, FileEntry, FileStamp, Format, PlannedIndex};
 use tensora_io::SourceFile;
 
 use crate::assemble::RecordContent;
@@ -12,75 +10,36 @@ use crate::journal::Fingerprint;
 use crate::outputs::Output;
 use crate::{Digest, Error, Result};
 
-/// What tells that a file was written to, or is another one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Identity {
-    bytes: u64,
-    modified_ns: u128,
-    inode: u64,
-}
-
-impl Identity {
-    fn new(metadata: &Metadata) -> Self {
-        let modified = metadata.modified().ok();
-        let since = modified.and_then(|time| time.duration_since(UNIX_EPOCH).ok());
-        Self {
-            bytes: metadata.len(),
-            modified_ns: since.map_or(0, |since| since.as_nanos()),
-            inode: inode(metadata),
-        }
+/// Checks that what is at a file's path now is what its metadata was read from.
+pub(crate) fn check_path(file: &FileEntry) -> Result<()> {
+    match std::fs::metadata(&file.path) {
+        Ok(metadata) => check_stamp(file, FileStamp::new(&metadata)),
+        Err(error) => Err(changed(file, error.to_string())),
     }
 }
 
-#[cfg(unix)]
-fn inode(metadata: &Metadata) -> u64 {
-    std::os::unix::fs::MetadataExt::ino(metadata)
-}
-
-#[cfg(not(unix))]
-fn inode(_metadata: &Metadata) -> u64 {
-    0
-}
-
-/// The identity of what is at a file's path now, which has to have the length that its index was
-/// validated against.
-pub(crate) fn of_path(file: &FileEntry) -> Result<Identity> {
-    let identity =
-        std::fs::metadata(&file.path).map_err(|error| changed(file, &error.to_string()))?;
-    check_length(file, Identity::new(&identity))
-}
-
-fn check_length(file: &FileEntry, identity: Identity) -> Result<Identity> {
-    match identity.bytes {
-        bytes if bytes == file.bytes => Ok(identity),
-        bytes => Err(changed(
-            file,
-            &format!("it was {} bytes long, and is {bytes} now", file.bytes),
-        )),
+fn check_stamp(file: &FileEntry, now: FileStamp) -> Result<()> {
+    match file.stamp.change_until(&now) {
+        None => Ok(()),
+        Some(change) => Err(changed(file, change.to_string())),
     }
 }
 
-/// Opens a file, which has to be the one that the plan was made for.
-pub(crate) fn open(file: &FileEntry, identity: Identity) -> Result<SourceFile> {
+/// Opens a file, which has to be the one that its metadata was read from.
+pub(crate) fn open(file: &FileEntry) -> Result<SourceFile> {
     let source = SourceFile::open(&file.path).map_err(Error::reading)?;
-    check(file, identity, &source)?;
+    check(file, &source)?;
     Ok(source)
 }
 
 /// Checks that an open file is still what it was, and still what is at its path.
-pub(crate) fn check(file: &FileEntry, identity: Identity, source: &SourceFile) -> Result<()> {
+pub(crate) fn check(file: &FileEntry, source: &SourceFile) -> Result<()> {
     let metadata = source
         .file()
         .metadata()
         .map_err(|error| not_known(file, error))?;
-    let now = check_length(file, Identity::new(&metadata))?;
-    if now != identity {
-        return Err(changed(file, "it was written to since"));
-    }
-    if of_path(file)? != identity {
-        return Err(changed(file, "another file took its place"));
-    }
-    Ok(())
+    check_stamp(file, FileStamp::new(&metadata))?;
+    check_path(file)
 }
 
 /// A passing failure, which does not say that anything changed.
@@ -92,27 +51,27 @@ fn not_known(file: &FileEntry, source: io::Error) -> Error {
     })
 }
 
-fn changed(file: &FileEntry, how: &str) -> Error {
+fn changed(file: &FileEntry, how: String) -> Error {
     Error::SourceChanged {
         path: file.path.clone(),
-        how: how.to_owned(),
+        how,
     }
 }
 
 /// The fingerprint of a conversion.
 pub(crate) fn fingerprint(
     index: &CheckpointIndex,
-    sources: &[(FileEntry, Identity)],
     format: Format,
     outputs: &[Output],
     indexes: &[PlannedIndex],
 ) -> Fingerprint {
     let mut source = Parts::default();
-    for (file, identity) in sources {
+    for file in index.files() {
         source.add(file.name.as_bytes());
-        source.number(identity.bytes);
-        source.add(&identity.modified_ns.to_le_bytes());
-        source.number(identity.inode);
+        // Not the device, whose number may be another after the machine was started again.
+        source.number(file.stamp.bytes());
+        source.add(&file.stamp.modified_ns().to_le_bytes());
+        source.number(file.stamp.inode());
     }
     // Indexes are no data files, and say how the same bytes are read.
     for tensor in index.tensors() {

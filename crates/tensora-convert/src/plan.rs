@@ -1,13 +1,13 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use tensora_formats::{CheckpointIndex, FileEntry, Format, PlannedIndex};
+use tensora_formats::{CheckpointIndex, Format, PlannedIndex};
 use tensora_io::Control;
 
 use crate::assemble::{Assembly, Record, plan_buffers};
 use crate::buffers::Buffers;
 use crate::companions::{Companion, companions};
-use crate::identity::{self, Identity};
+use crate::identity;
 use crate::journal::Fingerprint;
 use crate::outputs::{Output, outputs};
 use crate::target::{Kind, check_directory, or_current};
@@ -21,7 +21,6 @@ use crate::{
 #[derive(Clone, Debug)]
 pub struct ConversionPlan {
     pub(crate) source: Arc<CheckpointIndex>,
-    pub(crate) source_files: Vec<(FileEntry, Identity)>,
     pub(crate) outputs: Vec<Output>,
     pub(crate) indexes: Vec<PlannedIndex>,
     pub(crate) companions: Vec<Companion>,
@@ -109,25 +108,15 @@ impl ConversionPlan {
 
         let assemblies: Vec<&Assembly> = outputs.files.iter().map(|file| &file.assembly).collect();
         let buffers = plan_buffers(options.memory_limit_bytes, &assemblies)?;
-        let source_files = source
-            .files()
-            .iter()
-            .map(|file| Ok((file.clone(), identity::of_path(file)?)))
-            .collect::<Result<Vec<_>>>()?;
-        let fingerprint = identity::fingerprint(
-            source,
-            &source_files,
-            options.target,
-            &outputs.files,
-            &outputs.indexes,
-        );
+        source.files().iter().try_for_each(identity::check_path)?;
+        let fingerprint =
+            identity::fingerprint(source, options.target, &outputs.files, &outputs.indexes);
         let checksums_bytes = match options.checksums {
             Checksums::Omit => 0,
             Checksums::Write => checksums_bytes(source)?,
         };
         let plan = Self {
             source: Arc::new(source.clone()),
-            source_files,
             outputs: outputs.files,
             indexes: outputs.indexes,
             companions,

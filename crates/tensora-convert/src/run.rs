@@ -38,9 +38,10 @@ pub(crate) fn run(plan: &ConversionPlan, control: &Control) -> Result<Conversion
     let start = Instant::now();
     control.check().map_err(Error::reading)?;
     let sources = plan
-        .source_files
+        .source
+        .files()
         .iter()
-        .map(|(file, identity)| identity::open(file, *identity).map(Arc::new))
+        .map(|file| identity::open(file).map(Arc::new))
         .collect::<Result<Vec<_>>>()?;
     let staging = Staging::open(&plan.target, &plan.fingerprint, plan.unfinished)?;
     if !staging.is_committing() {
@@ -88,9 +89,9 @@ fn blame(plan: &ConversionPlan, sources: &[Arc<SourceFile>], error: Error) -> Er
     if !matches!(error, Error::Read(_)) {
         return error;
     }
-    let mut files = sources.iter().zip(&plan.source_files);
-    let changed = files.find_map(|(source, (file, identity))| {
-        let checked = identity::check(file, *identity, source);
+    let mut files = sources.iter().zip(plan.source.files());
+    let changed = files.find_map(|(source, file)| {
+        let checked = identity::check(file, source);
         checked
             .err()
             .filter(|error| matches!(error, Error::SourceChanged { .. }))
@@ -148,8 +149,8 @@ fn write_all(
     {
         read_back(plan, staging.directory(), digests, control)?;
     }
-    for (source, (file, identity)) in sources.iter().zip(&plan.source_files) {
-        identity::check(file, *identity, source)?;
+    for (source, file) in sources.iter().zip(plan.source.files()) {
+        identity::check(file, source)?;
     }
     control.check().map_err(Error::reading)?;
 

@@ -15,7 +15,7 @@ pub use compare::{Comparison, Difference, FirstDifference};
 pub use digests::{ContentDigests, TensorDigest};
 pub(crate) use digests::{TensorHashers, row_major_bytes};
 
-use crate::identity::{self, Identity};
+use crate::identity;
 use crate::{ConvertOptions, Error, Reading, Result};
 
 /// How checkpoints are read to be digested, compared and checked.
@@ -143,31 +143,8 @@ impl VerifyOptions {
     }
 }
 
-/// What the files of an index were when reading them began.
-struct Files<'a> {
-    index: &'a CheckpointIndex,
-    identities: Vec<Identity>,
-}
-
-impl<'a> Files<'a> {
-    fn new(index: &'a CheckpointIndex) -> Result<Self> {
-        let identities = index.files().iter().map(identity::of_path);
-        Ok(Self {
-            identities: identities.collect::<Result<_>>()?,
-            index,
-        })
-    }
-
-    /// A digest of a file that was written to meanwhile is one of nothing that ever was.
-    fn check_unchanged(&self) -> Result<()> {
-        for (file, before) in self.index.files().iter().zip(&self.identities) {
-            if identity::of_path(file)? != *before {
-                return Err(Error::SourceChanged {
-                    path: file.path.clone(),
-                    how: "it was written to, or another file took its place".to_owned(),
-                });
-            }
-        }
-        Ok(())
-    }
+/// Checks that the files are still those that the index was opened from: a digest of a file that was written to
+/// meanwhile is one of nothing that ever was.
+fn check_unchanged(index: &CheckpointIndex) -> Result<()> {
+    index.files().iter().try_for_each(identity::check_path)
 }

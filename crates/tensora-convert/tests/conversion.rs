@@ -694,6 +694,7 @@ fn a_source_that_changes_is_an_error_and_leaves_nothing() {
     assert!(!target.exists());
 
     // Changed while it is read: seen at the end at the latest.
+    let source = CheckpointIndex::open(&source_directory).unwrap();
     let plan = ConvertOptions::new(Format::ServerlessLlmStore)
         .plan(&source, &target)
         .unwrap();

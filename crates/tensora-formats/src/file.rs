@@ -5,7 +5,7 @@ use std::fs::{self, File, FileType, OpenOptions};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
-use crate::{Error, Result, UNFINISHED_NAME, UnfinishedCheckpoint};
+use crate::{Error, FileStamp, Result, UNFINISHED_NAME, UnfinishedCheckpoint};
 
 /// How much of a file is enough to recognise it.
 const SNIFFED_BYTES: u64 = 512;
@@ -43,23 +43,24 @@ pub(crate) fn canonical(path: &Path) -> Result<PathBuf> {
     fs::canonicalize(path).map_err(io_error(path, "access"))
 }
 
-/// The length in bytes of the regular file `path`.
-fn regular_bytes(path: &Path) -> Result<u64> {
+/// The regular file that `path` leads to.
+fn regular(path: &Path) -> Result<FileStamp> {
     let metadata = stat(path)?;
     require_regular(path, metadata.file_type())?;
-    Ok(metadata.len())
+    Ok(FileStamp::new(&metadata))
 }
 
-/// The length in bytes of a data file that has no header to be checked by.
-pub(crate) fn data_file_bytes(path: &Path) -> Result<u64> {
-    let bytes = regular_bytes(path)?;
+/// A data file that has no header to be checked by.
+pub(crate) fn data_file(path: &Path) -> Result<FileStamp> {
+    let stamp = regular(path)?;
+    let bytes = stamp.bytes();
     if bytes <= SNIFFED_BYTES
         && let Some(pointer @ Error::GitLfsPointer { .. }) =
             foreign(path, &RegularFile::open(path)?.read(bytes)?)
     {
         return Err(pointer);
     }
-    Ok(bytes)
+    Ok(stamp)
 }
 
 fn require_regular(path: &Path, file_type: FileType) -> Result<()> {
@@ -97,13 +98,14 @@ pub(crate) struct RegularFile<'a> {
     path: &'a Path,
     file: File,
     pub(crate) bytes: u64,
+    pub(crate) stamp: FileStamp,
 }
 
 impl<'a> RegularFile<'a> {
     pub(crate) fn open(path: &'a Path) -> Result<Self> {
         // Before opening, because merely opening a device may act on it; again afterwards on the
         // descriptor, because another process may have put something else there in between.
-        regular_bytes(path)?;
+        regular(path)?;
         let mut options = OpenOptions::new();
         options.read(true);
         #[cfg(unix)]
@@ -119,6 +121,7 @@ impl<'a> RegularFile<'a> {
             path,
             file,
             bytes: metadata.len(),
+            stamp: FileStamp::new(&metadata),
         })
     }
 

@@ -2,7 +2,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use crate::{Dtype, Format, Note, OpenOptions, Result};
+use crate::{Dtype, FileStamp, Format, Note, OpenOptions, Result};
 
 /// What a checkpoint on disk consists of: files, and tensors with dtype, shape and byte range.
 ///
@@ -63,6 +63,9 @@ pub struct FileEntry {
     pub name: String,
     /// The file's length in bytes.
     pub bytes: u64,
+    /// What told this file from others, and from itself after a change, when its metadata was read: of SafeTensors,
+    /// the very file that the header came from. Whoever opens it later can compare.
+    pub stamp: FileStamp,
 }
 
 /// Where a tensor is and what it looks like.

@@ -25,6 +25,7 @@ mod recognise;
 mod safetensors;
 mod serverlessllm;
 mod slice;
+mod stamp;
 mod windows;
 
 pub use dtype::{Dtype, UnknownDtypeName};
@@ -47,6 +48,7 @@ pub use safetensors::{
 };
 pub use serverlessllm::{ServerlessLlmIndex, parse_serverlessllm_index};
 pub use slice::{DimPart, Remainder, Runs, TensorPart};
+pub use stamp::{FileChange, FileStamp};
 pub use windows::{Copies, Window, WindowExtent, WindowOptions, WindowOrder, WindowPiece, windows};
 
 /// Compiles and runs the example of the README.

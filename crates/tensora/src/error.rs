@@ -1,5 +1,7 @@
 use std::path::PathBuf;
 
+use tensora_formats::FileChange;
+
 /// Why a load failed: what, on which file and tensor, and what to do.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -58,19 +60,16 @@ pub enum Error {
     )]
     SharingLeftOut,
 
-    /// A file's length is no longer what it was when the metadata was read.
+    /// A file is no longer what it was when its metadata was read, so its bytes need not be what the metadata says.
     #[error(
-        "{} had {indexed_bytes} bytes when its metadata was read and has {actual_bytes} now: \
-         it is being written or was replaced; load again when that is done",
+        "{} has changed since its metadata was read: {change}; open the checkpoint again when it is completely written",
         .path.display()
     )]
     Changed {
         /// The file.
         path: PathBuf,
-        /// Its length when the metadata was read, in bytes.
-        indexed_bytes: u64,
-        /// Its length when it was opened for reading, in bytes.
-        actual_bytes: u64,
+        /// What happened to it.
+        change: FileChange,
     },
 
     /// The checkpoint has no tensor of this name.

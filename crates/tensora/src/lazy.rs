@@ -4,7 +4,9 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use tensora_formats::{CheckpointIndex, TensorEntry};
+#[cfg(feature = "mmap")]
+use tensora_formats::FileChange;
+use tensora_formats::{CheckpointIndex, FileStamp, TensorEntry};
 use tensora_heuristics::{AccessPattern, MemoryKind, Plan, StorageLayout, Workload};
 #[cfg(feature = "mmap")]
 use tensora_io::Mapping;
@@ -344,6 +346,9 @@ impl LazyCheckpoint {
         let stats = backend
             .read(requests, &plan.params, control)
             .map_err(|error| name_tensor(&self.index, error))?;
+        for file in files {
+            self.check_unchanged(file.number, file.source)?;
+        }
         for fallback in &stats.fallbacks {
             tracing::warn!(file = %fallback.path.display(), reason = fallback.reason, "read buffered");
         }
@@ -384,8 +389,10 @@ impl LazyCheckpoint {
                 // Shortened between opening and mapping: there is nothing to slice.
                 return Err(Error::Changed {
                     path: file.path().to_owned(),
-                    indexed_bytes: file.len(),
-                    actual_bytes: mapped_bytes,
+                    change: FileChange::Length {
+                        before_bytes: file.len(),
+                        now_bytes: mapped_bytes,
+                    },
                 });
             }
             match used {
@@ -417,22 +424,47 @@ impl LazyCheckpoint {
         Err(tensora_heuristics::PlanError::MappedWithoutConsent.into())
     }
 
-    /// The opened file of this number, checked to be as long as the metadata says.
+    /// The opened file of this number, checked to be the one whose metadata was read.
     pub(crate) fn source(&self, number: usize) -> Result<&Arc<SourceFile>> {
         let lazy = &self.files[number].source;
         if let Some(source) = lazy.get() {
             return Ok(source);
         }
-        let entry = &self.index.files()[number];
-        let source = SourceFile::open(&entry.path)?;
-        if source.len() != entry.bytes {
-            return Err(Error::Changed {
-                path: entry.path.clone(),
-                indexed_bytes: entry.bytes,
-                actual_bytes: source.len(),
-            });
-        }
+        let source = SourceFile::open(&self.index.files()[number].path)?;
+        self.check_unchanged(number, &source)?;
         Ok(lazy.get_or_init(|| Arc::new(source)))
+    }
+
+    /// Checks that the files that were opened are still what they were when their metadata was read.
+    pub(crate) fn check_opened(&self) -> Result<()> {
+        for (number, file) in self.files.iter().enumerate() {
+            if let Some(source) = file.source.get() {
+                self.check_unchanged(number, source)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks on the descriptor that a file is what it was when its metadata was read: before reading, because what is
+    /// at its path by now may be another file of the same length, and after, because bytes that somebody wrote
+    /// meanwhile are neither the old checkpoint's nor the new one's.
+    fn check_unchanged(&self, number: usize, source: &SourceFile) -> Result<()> {
+        let entry = &self.index.files()[number];
+        let metadata = source
+            .file()
+            .metadata()
+            .map_err(|error| tensora_io::Error::File {
+                operation: "stat",
+                path: entry.path.clone(),
+                source: error,
+            })?;
+        match entry.stamp.change_until(&FileStamp::new(&metadata)) {
+            None => Ok(()),
+            Some(change) => Err(Error::Changed {
+                path: entry.path.clone(),
+                change,
+            }),
+        }
     }
 }
 

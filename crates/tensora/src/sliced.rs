@@ -112,6 +112,9 @@ impl LazyCheckpoint {
             let mut gathering = (&mut collected, &mut stats);
             shared = Some(self.gather_shared(&parts, ranks, &plan, &mut gathering, &control)?);
         }
+        if plan.memory == MemoryKind::Owned {
+            self.check_opened()?;
+        }
         let gathered = collected.into_bytes();
         let tensors = self.selected.iter().zip(&parts).zip(gathered);
         let tensors = tensors.map(|((&number, part), gathered)| {

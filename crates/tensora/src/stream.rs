@@ -234,8 +234,12 @@ impl LazyCheckpoint {
     /// # Errors
     ///
     /// As [`stream`](Self::stream), what keeps tensors from being read, and what the sink says.
+    /// [`Error::Changed`](crate::Error::Changed), if a file was written to while it was streamed; whoever takes a
+    /// [`stream`](Self::stream) apart is not told.
     pub fn stream_into(&self, sink: &mut (impl Sink + ?Sized)) -> Result<StreamReport> {
-        self.stream()?.drain_into(sink)
+        let report = self.stream()?.drain_into(sink)?;
+        self.check_opened()?;
+        Ok(report)
     }
 
     /// The content digest of the selected tensors, streamed: in bounded memory, whatever their size.

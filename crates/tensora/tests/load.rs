@@ -5,6 +5,7 @@ mod common;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use common::{Expected, LAYOUTS, expected, write};
 use tensora::heuristics::PlanError;
@@ -299,6 +300,61 @@ fn too_large_a_load_is_refused_with_the_numbers() {
         "{error}"
     );
     assert!(error.to_string().contains("100000"), "{error}");
+}
+
+#[test]
+fn a_file_that_is_replaced_or_rewritten_after_opening_is_noticed() {
+    let directory = tempfile::tempdir().unwrap();
+    write(&expected(), "one SafeTensors file", directory.path());
+    let path = directory.path().join("model.safetensors");
+    let mut other = std::fs::read(&path).unwrap();
+    let length = other.len();
+    // As long as before, and with the same tensors in other places for all that anybody knows.
+    other[length - 1] ^= 1;
+    let replace = || {
+        let beside = directory.path().join("beside");
+        std::fs::write(&beside, &other).unwrap();
+        std::fs::rename(&beside, &path).unwrap();
+    };
+    let times = std::cell::Cell::new(0);
+    let rewrite = || {
+        times.set(times.get() + 1);
+        let file = std::fs::File::options().write(true).open(&path).unwrap();
+        let modified = std::time::UNIX_EPOCH + Duration::from_secs(times.get());
+        file.set_modified(modified).unwrap();
+    };
+    let changes: [(&str, &dyn Fn()); 2] = [("took its place", &replace), ("written to", &rewrite)];
+    for (how, change) in changes {
+        let judge = |error: Error| {
+            assert!(matches!(error, Error::Changed { .. }), "{error}");
+            let message = error.to_string();
+            assert!(message.contains("model.safetensors"), "{message}");
+            assert!(message.contains(how), "{message}");
+        };
+        for loader in [Loader::new(), Loader::new().allow_mapping(permit())] {
+            let opened = [0; 4].map(|_| loader.open(&path).unwrap());
+            change();
+            judge(opened[0].load_all().unwrap_err());
+            judge(opened[1].tensor("ids").unwrap_err());
+            judge(opened[2].plan().unwrap_err());
+            judge(opened[3].stream().err().unwrap());
+            loader.load(&path).unwrap();
+        }
+
+        // While it is read: whatever was read may be of both. The file that was opened stays, so a new one at its
+        // path does no harm.
+        if how == "written to" {
+            let (once, path) = (std::sync::Once::new(), path.clone());
+            let loader = Loader::new().on_progress(move |_| {
+                once.call_once(|| {
+                    let file = std::fs::File::options().write(true).open(&path).unwrap();
+                    let now = std::time::SystemTime::now();
+                    file.set_modified(now - Duration::from_secs(1)).unwrap();
+                });
+            });
+            judge(loader.load(directory.path()).unwrap_err());
+        }
+    }
 }
 
 #[test]

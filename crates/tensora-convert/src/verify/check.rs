@@ -7,7 +7,7 @@ use tensora_formats::{CheckpointIndex, Dtype, Note};
 use tensora_io::Control;
 
 use super::digests::TensorHashers;
-use super::{ContentDigests, Files, VerifyOptions, blob, files};
+use super::{ContentDigests, VerifyOptions, blob, check_unchanged, files};
 use crate::{Digest, Result, SIDECAR_NAME, sidecar};
 
 /// What a checkpoint holds, and whether that is what it should hold.
@@ -164,7 +164,6 @@ pub(super) fn check(
         .filter_map(|(file, entry)| Some((file, blob::named_sha256(&entry.path)?)))
         .collect();
 
-    let before = Files::new(index)?;
     let mut hashers = TensorHashers::new(index)?;
     let whole: Vec<usize> = blobs.keys().copied().collect();
     let actual = files::hash(options, index, &whole, &mut hashers, control)?;
@@ -176,7 +175,7 @@ pub(super) fn check(
         .map(|(number, _)| number)
         .collect();
     hashers.read(options, &others, control)?;
-    before.check_unchanged()?;
+    check_unchanged(index)?;
     let digests = hashers.finish()?;
 
     let mut checks: Vec<Check> = blobs

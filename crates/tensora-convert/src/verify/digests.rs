@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use tensora_formats::{CheckpointIndex, Dtype, TensorEntry};
 use tensora_io::Control;
 
-use super::{Files, VerifyOptions};
+use super::{VerifyOptions, check_unchanged};
 use crate::assemble::read_tensors;
 use crate::row_major::packed_bytes;
 use crate::{ContentHasher, DataHasher, Digest, Result};
@@ -66,11 +66,10 @@ pub(super) fn read(
     index: &CheckpointIndex,
     control: &Control,
 ) -> Result<ContentDigests> {
-    let files = Files::new(index)?;
     let mut hashers = TensorHashers::new(index)?;
     let tensors: Vec<usize> = (0..index.tensors().len()).collect();
     hashers.read(options, &tensors, control)?;
-    files.check_unchanged()?;
+    check_unchanged(index)?;
     hashers.finish()
 }
 

@@ -9,11 +9,12 @@ use std::thread;
 use bytes::Bytes;
 use sha2::{Digest as _, Sha256};
 use tensora_formats::{CheckpointIndex, FileEntry, TensorEntry};
-use tensora_io::{Control, SourceFile};
+use tensora_io::Control;
 
 use super::VerifyOptions;
 use super::digests::TensorHashers;
 use crate::assemble::{Assembled, Assembly, AssemblyStream, Record, RecordContent, plan_buffers};
+use crate::identity;
 use crate::{Digest, Error, Result};
 
 /// Reads these files once from beginning to end. Returns their SHA-256, by their positions in the index, and
@@ -28,9 +29,8 @@ pub(super) fn hash(
     let entries: Vec<&FileEntry> = files.iter().map(|&file| &index.files()[file]).collect();
     let sources = entries
         .iter()
-        .map(|entry| SourceFile::open(&entry.path).map(Arc::new))
-        .collect::<Result<Vec<_>, _>>()
-        .map_err(Error::reading)?;
+        .map(|entry| identity::open(entry).map(Arc::new))
+        .collect::<Result<Vec<_>>>()?;
     let whole: Vec<Assembly> = entries.iter().enumerate().map(as_it_is).collect();
     let buffers = plan_buffers(
         options.memory_limit_bytes,

@@ -13,8 +13,8 @@ use super::{
 use crate::file::{self, RegularFile};
 use crate::options::Tolerance;
 use crate::{
-    CheckpointIndex, DuplicateNames, Error, FileEntry, Format, Note, Result, TensorEntry,
-    UnlistedTensors,
+    CheckpointIndex, DuplicateNames, Error, FileEntry, FileStamp, Format, Note, Result,
+    TensorEntry, UnlistedTensors,
 };
 
 /// A checkpoint of files that have been read one after the other.
@@ -47,7 +47,7 @@ impl Files {
         duplicate_names: DuplicateNames,
     ) -> Result<Vec<TensorEntry>> {
         let name = file::shown(name);
-        let (header, bytes) = read_header(&path, duplicate_names)?;
+        let (header, stamp) = read_header(&path, duplicate_names)?;
         for (key, value) in header.metadata {
             match self.metadata.get(&key) {
                 None => {
@@ -58,7 +58,12 @@ impl Files {
             }
         }
         let file = self.files.len();
-        self.files.push(FileEntry { path, name, bytes });
+        self.files.push(FileEntry {
+            path,
+            name,
+            bytes: stamp.bytes(),
+            stamp,
+        });
         let mut tensors = header.tensors;
         for tensor in &mut tensors {
             tensor.file = file;
@@ -109,15 +114,18 @@ impl Files {
     }
 }
 
-/// Reads and parses the header of one file; also returns the file's length in bytes.
-fn read_header(path: &Path, duplicate_names: DuplicateNames) -> Result<(SafetensorsHeader, u64)> {
+/// Reads and parses the header of one file; also returns which file that was.
+fn read_header(
+    path: &Path,
+    duplicate_names: DuplicateNames,
+) -> Result<(SafetensorsHeader, FileStamp)> {
     let mut file = RegularFile::open(path)?;
     let start = file.read(LENGTH_BYTES)?;
     let header_bytes = safetensors_header_bytes(path, &start, file.bytes)
         .map_err(|refusal| file::explain(path, refusal))?;
     let header = file.read(header_bytes)?;
     let header = parse_safetensors_header(path, &header, file.bytes, duplicate_names)?;
-    Ok((header, file.bytes))
+    Ok((header, file.stamp))
 }
 
 /// Opens one file as a whole checkpoint.

@@ -62,8 +62,13 @@ fn partitions(root: &Path, index_path: &Path) -> Result<Vec<FileEntry>> {
     let entry = |number| {
         let name = partition_name(number);
         let path = root.join(&name);
-        let bytes = file::data_file_bytes(&path)?;
-        Ok(FileEntry { path, name, bytes })
+        let stamp = file::data_file(&path)?;
+        Ok(FileEntry {
+            path,
+            name,
+            bytes: stamp.bytes(),
+            stamp,
+        })
     };
     numbers.into_iter().map(entry).collect()
 }
