@@ -17,3 +17,4 @@ pub mod programs;
 pub mod simulate;
 pub mod soak;
 pub mod tidy;
+pub mod valgrind;

@@ -16,6 +16,7 @@ use xtask::instructions::InstructionsArguments;
 use xtask::presets::{self, PRESETS, Preset};
 use xtask::simulate::SimulateArguments;
 use xtask::soak::SoakArguments;
+use xtask::valgrind::ValgrindArguments;
 
 #[derive(Debug, Parser)]
 #[command(name = "cargo xtask", about = "Chores of the Tensora repository")]
@@ -36,6 +37,8 @@ enum Chore {
     Simulate(SimulateArguments),
     /// Run every fuzz target for a while
     Fuzz(FuzzArguments),
+    /// Run tests of the backends while valgrind watches every access to memory
+    Valgrind(ValgrindArguments),
     /// Check the repository's invariants
     Tidy(TidyArguments),
     /// Check that every combination of cargo features compiles without warnings
@@ -149,6 +152,7 @@ fn main() -> Result<()> {
         Chore::Soak(arguments) => arguments.run(),
         Chore::Simulate(arguments) => arguments.run(),
         Chore::Fuzz(arguments) => arguments.run(),
+        Chore::Valgrind(arguments) => arguments.run(),
         Chore::Tidy(arguments) => arguments.run(),
         Chore::Features => xtask::features::run(),
     }

@@ -40,6 +40,8 @@ struct Sample {
     anonymous_bytes: u64,
     descriptors: u64,
     threads: u64,
+    /// What lies beside the checkpoints that were there in the beginning, and they themselves.
+    files: u64,
 }
 
 /// How often each thing was done.
@@ -65,12 +67,13 @@ impl SoakArguments {
         let begun = Instant::now();
         let stage = Stage::new()?;
         let mut counts = Counts::default();
-        let mut samples = vec![Sample::take(0)?];
+        let mut samples = vec![Sample::take(0, stage.directory.path())?];
         let every = (self.loads / SAMPLES).max(1);
         for number in 0..self.loads {
             stage.round(number, &mut counts)?;
             if (number + 1) % every == 0 {
-                samples.push(Sample::settled(number + 1, &samples)?);
+                let folder = stage.directory.path();
+                samples.push(Sample::settled(number + 1, folder, &samples)?);
             }
             let is_over = |seconds| begun.elapsed() >= Duration::from_secs(seconds);
             if self.budget.is_some_and(is_over) {
@@ -191,6 +194,11 @@ impl Stage {
             .plan(&index, &target)?
             .run(&Control::new())?;
         self.check(&tensora::open(&target)?.digest()?.to_string())?;
+        for entry in std::fs::read_dir(&target)? {
+            let name = entry?.file_name();
+            let is_left_over = name.as_encoded_bytes().starts_with(b".");
+            ensure!(!is_left_over, "a conversion left {}", name.display());
+        }
         std::fs::remove_dir_all(&target)?;
         Ok(())
     }
@@ -244,9 +252,10 @@ fn write_checkpoint(folder: &Path) -> Result<()> {
 }
 
 impl Sample {
-    fn take(loads: u64) -> Result<Self> {
-        let count = |folder: &str| -> Result<u64> {
-            let entries = std::fs::read_dir(folder).with_context(|| format!("list {folder}"))?;
+    fn take(loads: u64, folder: &Path) -> Result<Self> {
+        let count = |folder: &Path| -> Result<u64> {
+            let entries =
+                std::fs::read_dir(folder).with_context(|| format!("list {}", folder.display()))?;
             Ok(entries.count() as u64)
         };
         let status = std::fs::read_to_string("/proc/self/status")?;
@@ -257,26 +266,27 @@ impl Sample {
         Ok(Self {
             loads,
             anonymous_bytes: kib.context("/proc/self/status has no RssAnon")? << 10,
-            descriptors: count("/proc/self/fd")?,
-            threads: count("/proc/self/task")?,
+            descriptors: count(Path::new("/proc/self/fd"))?,
+            threads: count(Path::new("/proc/self/task"))?,
+            files: count(folder)?,
         })
     }
 
     /// After threads that are just ending have ended.
-    fn settled(loads: u64, before: &[Self]) -> Result<Self> {
+    fn settled(loads: u64, folder: &Path, before: &[Self]) -> Result<Self> {
         let usual = before
             .iter()
             .map(|sample| sample.threads)
             .min()
             .unwrap_or(0);
         for _ in 0..200 {
-            let sample = Self::take(loads)?;
+            let sample = Self::take(loads, folder)?;
             if sample.threads <= usual {
                 return Ok(sample);
             }
             std::thread::sleep(Duration::from_millis(5));
         }
-        Self::take(loads)
+        Self::take(loads, folder)
     }
 }
 
@@ -305,6 +315,7 @@ fn judge(samples: &[Sample]) -> Result<()> {
     for (what, before, after) in [
         ("descriptors", first.descriptors, last.descriptors),
         ("threads", first.threads, last.threads),
+        ("files", first.files, last.files),
     ] {
         ensure!(
             after <= before,
@@ -332,18 +343,19 @@ fn report(
     let mut text = format!(
         "# Soak\n\n`cargo xtask soak --loads {loads}`: {loads} loads, {streams} streams, {digests} digests and \
          {conversions} conversions in one process, with {}, in {:.0} s. Every digest was right.\n\n\
-         | loads | resident anonymous memory | descriptors | threads |\n|---:|---:|---:|---:|\n",
+         | loads | resident anonymous memory | descriptors | threads | files |\n|---:|---:|---:|---:|---:|\n",
         names.join(", "),
         elapsed.as_secs_f64()
     );
     for sample in samples {
         writeln!(
             text,
-            "| {} | {} KiB | {} | {} |",
+            "| {} | {} KiB | {} | {} | {} |",
             sample.loads,
             sample.anonymous_bytes >> 10,
             sample.descriptors,
-            sample.threads
+            sample.threads,
+            sample.files
         )?;
     }
     Ok(text)
@@ -359,6 +371,7 @@ mod tests {
             anonymous_bytes: 20 << 20,
             descriptors: 7,
             threads: 3,
+            files: 4,
         };
         (0..=count).map(|number| sample(number * 50)).collect()
     }
@@ -373,6 +386,7 @@ mod tests {
         };
         assert!(grown(|sample| sample.descriptors += 1).contains("7 descriptors"));
         assert!(grown(|sample| sample.threads += 1).contains("3 threads"));
+        assert!(grown(|sample| sample.files += 1).contains("4 files"));
         let memory = grown(|sample| sample.anonymous_bytes += SLACK_BYTES + 1);
         assert!(memory.contains("resident memory grew"), "{memory}");
         assert!(judge(&flat(0)).is_err(), "one sample says nothing");

@@ -10,6 +10,7 @@ use super::Violation;
 const MANIFESTS: &str = "every published crate has a README.md, a description and a license";
 const ROOT_FILES: &str =
     "the repository explains itself: license, changes, architecture, design, formats";
+const NAMES: &str = "a function that a link into a source file is named after is in that file";
 const LINKS: &str = "relative links in Markdown lead to a file and a heading that exist";
 
 const REQUIRED: &[&str] = &[
@@ -19,6 +20,8 @@ const REQUIRED: &[&str] = &[
     "docs/ARCHITECTURE.md",
     "docs/DESIGN.md",
     "docs/FORMATS.md",
+    "docs/RELIABILITY.md",
+    "SECURITY.md",
 ];
 
 /// Every crate under `crates/` can be published and read about.
@@ -57,9 +60,11 @@ pub(super) fn check_root_files(root: &Path) -> Result<Vec<Violation>> {
         .collect())
 }
 
-/// Links in the README files and in `docs/` resolve.
+/// Links in the README files, in `SECURITY.md` and in `docs/` resolve.
 pub(super) fn check_links(root: &Path) -> Result<Vec<Violation>> {
-    let mut documents = vec![root.join("README.md"), root.join("CHANGELOG.md")];
+    let mut documents: Vec<_> = ["README.md", "CHANGELOG.md", "SECURITY.md"]
+        .map(|name| root.join(name))
+        .into();
     documents.extend(markdown_files(&root.join("docs"))?);
     for entry in std::fs::read_dir(root.join("crates")).context("list crates")? {
         documents.push(entry.context("list crates")?.path().join("README.md"));
@@ -113,7 +118,35 @@ fn check_document(root: &Path, path: &Path) -> Result<Vec<Violation>> {
             violations.push(Violation::new(LINKS, format!("{shown}:{line}"), found));
         }
     }
+    for (line, name, target) in named_functions(&text) {
+        let source = read(&path.parent().unwrap_or(root).join(target)).unwrap_or_default();
+        if !source.contains(&format!("fn {name}(")) {
+            let found = format!("{target} has no function {name}");
+            violations.push(Violation::new(NAMES, format!("{shown}:{line}"), found));
+        }
+    }
     Ok(violations)
+}
+
+/// The links of the form ``[`name`](file.rs)``: line, name and file.
+fn named_functions(text: &str) -> Vec<(usize, &str, &str)> {
+    let is_name = |name: &str| {
+        name.chars()
+            .all(|c| c.is_ascii_lowercase() || c == '_' || c.is_ascii_digit())
+    };
+    let mut found = Vec::new();
+    for (number, line) in text.lines().enumerate() {
+        for rest in line.split("[`").skip(1) {
+            let Some((name, rest)) = rest.split_once("`](") else {
+                continue;
+            };
+            let target = rest.split(')').next().unwrap_or("");
+            if target.ends_with(".rs") && is_name(name) {
+                found.push((number + 1, name, target));
+            }
+        }
+    }
+    found
 }
 
 fn read(path: &Path) -> Result<String> {
@@ -205,6 +238,22 @@ mod tests {
                 (6, "#here".to_owned())
             ]
         );
+    }
+
+    #[test]
+    fn functions_that_links_are_named_after_have_to_be_there() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("README.md");
+        std::fs::write(folder.path().join("a.rs"), "fn one() {}\n").unwrap();
+        let text = "[`one`](a.rs) [`Two`](a.rs) [`lib.rs`](a.rs)\n[`one`](a.rs), [`two`](a.rs)\n";
+        std::fs::write(&path, text).unwrap();
+        let violations = check_document(folder.path(), &path).unwrap();
+        let found: Vec<_> = violations
+            .iter()
+            .map(|violation| violation.place.as_str())
+            .collect();
+        assert_eq!(found, ["README.md:2"]);
+        assert!(violations[0].found.contains("no function two"));
     }
 
     #[test]
