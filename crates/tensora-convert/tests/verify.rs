@@ -8,6 +8,7 @@ mod common;
 use std::collections::BTreeMap;
 use std::fs;
 use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -105,11 +106,14 @@ fn write_sidecar(directory: &Path, records: &[Record]) -> BTreeMap<String, Strin
     digests
 }
 
-/// Flips a bit of a file.
+/// Flips a bit of a file as a device does: nothing says that the file was written to.
 fn flip(path: &Path, offset: u64) {
-    let mut bytes = fs::read(path).unwrap();
-    bytes[usize::try_from(offset).unwrap()] ^= 0x10;
-    fs::write(path, bytes).unwrap();
+    let file = fs::File::options().read(true).write(true).open(path).unwrap();
+    let modified = file.metadata().unwrap().modified().unwrap();
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, offset).unwrap();
+    file.write_all_at(&[byte[0] ^ 0x10], offset).unwrap();
+    file.set_modified(modified).unwrap();
 }
 
 /// Flips a bit of a tensor, which is contiguous, at this offset.
