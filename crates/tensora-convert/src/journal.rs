@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
+#[cfg(unix)]
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
@@ -14,6 +16,9 @@ use crate::{Digest, Error, Result};
 const VERSION: u32 = 1;
 /// Far more than the files of any checkpoint take.
 const LIMIT_BYTES: u64 = 64 << 20;
+/// How long is waited for those who only look whether a journal is free. Each takes some microseconds.
+#[cfg(unix)]
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// What a conversion is of and to, so that another one is not taken for it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -199,7 +204,7 @@ pub(crate) fn check_free(path: &Path) -> Result<()> {
     {
         use rustix::fs::{FlockOperation, flock};
         let file = open_regular(path, OpenOptions::new().read(true))?;
-        // For the moment that this file is open. Whoever has begun has the lock already.
+        // For the moment that this file is open. Whoever has begun has the lock already; whoever begins now waits.
         let locked = flock(&file, FlockOperation::NonBlockingLockShared);
         if locked == Err(rustix::io::Errno::WOULDBLOCK) {
             return Err(Error::TargetBusy {
@@ -244,20 +249,36 @@ fn read(path: &Path, file: &mut File) -> Result<Record> {
 #[cfg(unix)]
 fn lock(path: &Path, file: &File) -> Result<()> {
     use rustix::fs::{FlockOperation, flock};
-    match flock(file, FlockOperation::NonBlockingLockExclusive) {
-        // Whoever had it before may have finished, and removed it.
-        Ok(()) if is_at(path, file) => Ok(()),
-        Ok(()) | Err(rustix::io::Errno::WOULDBLOCK) => Err(Error::TargetBusy {
+    use rustix::io::Errno;
+    let busy = || {
+        Err(Error::TargetBusy {
             path: path.to_owned(),
-        }),
-        // Some network file systems have no locks. The journal is then as good as it is without one.
-        Err(error) => {
-            tracing::warn!(
-                path = %path.display(), %error,
-                "the journal could not be locked: nothing keeps two conversions into one target apart"
-            );
-            Ok(())
+        })
+    };
+    let begun = Instant::now();
+    loop {
+        match flock(file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) if is_at(path, file) => return Ok(()),
+            // Whoever had it before may have finished, and removed it.
+            Ok(()) => return busy(),
+            Err(Errno::WOULDBLOCK) => {}
+            // Some network file systems have no locks. The journal is then as good as it is without one.
+            Err(error) => {
+                tracing::warn!(
+                    path = %path.display(), %error,
+                    "the journal could not be locked: nothing keeps two conversions into one target apart"
+                );
+                return Ok(());
+            }
         }
+        // A conversion has it alone. Who only looks shares it, and is about to let it go.
+        let is_shared = flock(file, FlockOperation::NonBlockingLockShared).is_ok();
+        if !is_shared || begun.elapsed() > PATIENCE {
+            return busy();
+        }
+        flock(file, FlockOperation::Unlock)
+            .map_err(|errno| refused(path, "unlock")(errno.into()))?;
+        std::thread::sleep(Duration::from_millis(1));
     }
 }
 
@@ -374,6 +395,43 @@ mod tests {
         assert!(matches!(error, Error::TargetBusy { .. }), "{error:?}");
         drop(journal);
         Journal::open(&path).unwrap();
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn who_only_looks_stands_in_nobodys_way() {
+        use rustix::fs::{FlockOperation, flock};
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("journal");
+        std::fs::write(&path, "").unwrap();
+        // As `check_free` does, for longer.
+        let looking = File::open(&path).unwrap();
+        flock(&looking, FlockOperation::NonBlockingLockShared).unwrap();
+        let (journal, _) = std::thread::scope(|scope| {
+            let looks = scope.spawn(move || {
+                std::thread::sleep(Duration::from_millis(100));
+                drop(looking);
+            });
+            let opened = Journal::open(&path);
+            looks.join().unwrap();
+            opened.unwrap()
+        });
+        // A conversion is not waited for.
+        let begun = Instant::now();
+        for error in [
+            check_free(&path).unwrap_err(),
+            Journal::open(&path).unwrap_err(),
+        ] {
+            assert!(matches!(error, Error::TargetBusy { .. }), "{error:?}");
+        }
+        assert!(begun.elapsed() < PATIENCE);
+        drop(journal);
+        check_free(&path).unwrap();
+        // Nor is a look that never ends.
+        let looking = File::open(&path).unwrap();
+        flock(&looking, FlockOperation::NonBlockingLockShared).unwrap();
+        let error = Journal::open(&path).unwrap_err();
+        assert!(matches!(error, Error::TargetBusy { .. }), "{error:?}");
     }
 
     proptest! {
