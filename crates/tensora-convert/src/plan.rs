@@ -83,7 +83,7 @@ impl ConversionPlan {
         options.check()?;
         let outputs = outputs(source, options)?;
         let mut notes = outputs.notes;
-        let beside = companions(source.root())?;
+        let beside = companions(source.root(), options.companions)?;
         let companions = match options.companions {
             Companions::Copy => beside,
             Companions::Leave => {

@@ -1,6 +1,5 @@
 //! Carrying out a plan: windows of the target's files come assembled, are hashed, and are written.
 
-use std::fs::File;
 use std::io::{self, Read, Write};
 use std::panic::resume_unwind;
 use std::path::Path;
@@ -384,7 +383,17 @@ impl Job<'_> {
             path: companion.path.clone(),
             source,
         };
-        let mut source = File::open(&companion.path).map_err(failed)?;
+        // A pipe may have taken its place since, and would block whoever opens it.
+        let source = SourceFile::open(&companion.path).map_err(|error| {
+            failed(match error {
+                tensora_io::Error::File { source, .. } => source,
+                tensora_io::Error::NotARegularFile { found, .. } => {
+                    io::Error::other(format!("it is a {found} now, and no regular file any more"))
+                }
+                other => io::Error::other(other),
+            })
+        })?;
+        let mut source = source.file();
         let (mut file, path) = self.staging.create(&companion.name)?;
         let mut left_bytes = companion.bytes;
         let mut buffer = vec![0; COPY_BYTES];

@@ -11,9 +11,13 @@ mod common;
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::Path;
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
 
 use common::{Record, names, noise, read, write, write_ranks};
-use tensora_convert::{Companions, ConvertOptions, Error, Overwrite, Unfinished};
+use rustix::fs::{CWD, FileType, Mode, mknodat};
+use tensora_convert::{Companions, ConversionNote, ConvertOptions, Error, Overwrite, Unfinished};
 use tensora_formats::{CheckpointIndex, Dtype, Format, UNFINISHED_NAME};
 use tensora_io::{CancelToken, Control};
 
@@ -264,4 +268,68 @@ fn a_tensor_of_a_size_made_of_nothing_is_refused() {
         .digests(&source, &Control::new())
         .unwrap_err();
     assert!(matches!(error, Error::TooManyWindows { .. }), "{error}");
+}
+
+// --- Names and kinds of files ----------------------------------------------------------------------
+
+#[test]
+fn a_link_to_nothing_beside_the_source_matters_to_who_wants_it_copied() {
+    let directory = tempfile::tempdir().unwrap();
+    let (source, target) = (
+        directory.path().join("source"),
+        directory.path().join("target"),
+    );
+    write(&source, &records(1), Format::Safetensors, 1);
+    fs::write(source.join("config.json"), "{}").unwrap();
+    symlink("blobs/nowhere", source.join("tokenizer.json")).unwrap();
+    let options = ConvertOptions::new(Format::ServerlessLlmStore);
+    let copying = options.clone().companions(Companions::Copy);
+    let error = run(&copying, &source, &target).unwrap_err();
+    assert!(
+        matches!(&error, Error::Companion { path, .. } if path.ends_with("tokenizer.json")),
+        "{error}"
+    );
+    let index = CheckpointIndex::open(&source).unwrap();
+    let plan = options.plan(&index, &target).unwrap();
+    let left = ConversionNote::CompanionsLeft {
+        files: vec!["config.json".to_owned()],
+    };
+    assert!(plan.notes().contains(&left), "{:?}", plan.notes());
+    plan.run(&Control::new()).unwrap();
+    assert_whole(&target, &source);
+}
+
+fn make_pipe(path: &Path) {
+    mknodat(CWD, path, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+}
+
+/// What something comes to, if it does not take for ever.
+fn in_time<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    let (sender, receiver) = mpsc::channel();
+    thread::spawn(move || sender.send(work()));
+    let result = receiver.recv_timeout(Duration::from_secs(20));
+    result.expect("it should have ended long ago")
+}
+
+#[test]
+fn a_pipe_in_the_place_of_a_companion_is_an_error() {
+    let directory = tempfile::tempdir().unwrap();
+    let (source, target) = (
+        directory.path().join("source"),
+        directory.path().join("target"),
+    );
+    write(&source, &records(1), Format::Safetensors, 1);
+    let companion = source.join("config.json");
+    fs::write(&companion, "{}").unwrap();
+    let options = ConvertOptions::new(Format::ServerlessLlmStore).companions(Companions::Copy);
+    let index = CheckpointIndex::open(&source).unwrap();
+    let plan = options.plan(&index, &target).unwrap();
+    fs::remove_file(&companion).unwrap();
+    make_pipe(&companion);
+    let error = in_time(move || plan.run(&Control::new())).unwrap_err();
+    assert!(
+        matches!(&error, Error::Companion { path, .. } if *path == companion),
+        "{error}"
+    );
+    assert!(error.to_string().contains("FIFO"), "{error}");
 }
