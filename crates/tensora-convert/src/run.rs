@@ -186,15 +186,14 @@ impl Job<'_> {
             return Ok(false);
         };
         let bytes = output.assembly.bytes;
-        let is_whole = std::fs::symlink_metadata(&path)
-            .is_ok_and(|found| found.is_file() && found.len() == bytes);
         let is_the_same = finished.bytes == bytes
-            && is_whole
+            && is_whole(&path, bytes)?
             && match self.digest(output, &path) {
                 Ok(digest) => digest == finished.digest,
-                Err(Error::Cancelled) => return Err(Error::Cancelled),
-                // What cannot be read is not kept either.
-                Err(_) => false,
+                Err(error) if is_lost(&error) => false,
+                // It may well be what it was. Whoever has the descriptors, the memory or the permission that this
+                // takes can still keep it.
+                Err(error) => return Err(error),
             };
         if is_the_same {
             self.control
@@ -431,6 +430,58 @@ fn verify_options(plan: &ConversionPlan, reading: Reading) -> VerifyOptions {
     VerifyOptions::new()
         .memory_limit_bytes(limit_bytes.max(ConvertOptions::MIN_MEMORY_LIMIT_BYTES))
         .reading(reading)
+}
+
+/// Whether a regular file of this length is at a path.
+fn is_whole(path: &Path, bytes: u64) -> Result<bool> {
+    match std::fs::symlink_metadata(path) {
+        Ok(found) => Ok(found.is_file() && found.len() == bytes),
+        Err(error)
+            if matches!(
+                error.kind(),
+                io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
+            ) =>
+        {
+            Ok(false)
+        }
+        Err(error) => Err(refused(path, "access")(error)),
+    }
+}
+
+/// Whether reading a file failed because of what is in it, so that trying again is of no use.
+fn is_lost(error: &Error) -> bool {
+    match error {
+        // It has become shorter, or something else, since it was looked at.
+        Error::Read(
+            tensora_io::Error::UnexpectedEof { .. } | tensora_io::Error::NotARegularFile { .. },
+        ) => true,
+        Error::Read(
+            tensora_io::Error::File { source, .. } | tensora_io::Error::Read { source, .. },
+        ) => source.kind() == io::ErrorKind::NotFound || is_of_the_device(source),
+        _ => false,
+    }
+}
+
+/// Whether the device has lost what was to be read.
+#[cfg(unix)]
+fn is_of_the_device(error: &io::Error) -> bool {
+    use rustix::io::Errno;
+    let errors = [
+        Errno::IO,
+        // What Linux says of direct reads: a block cannot be read, or its checksum is wrong.
+        #[cfg(target_os = "linux")]
+        Errno::NODATA,
+        #[cfg(target_os = "linux")]
+        Errno::ILSEQ,
+    ];
+    errors
+        .iter()
+        .any(|errno| error.raw_os_error() == Some(errno.raw_os_error()))
+}
+
+#[cfg(not(unix))]
+fn is_of_the_device(_error: &io::Error) -> bool {
+    false
 }
 
 /// Opens what was written as a checkpoint and compares its tensors with those of the source.

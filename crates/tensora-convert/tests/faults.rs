@@ -6,6 +6,7 @@ mod common;
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io;
 use std::num::NonZero;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
@@ -20,8 +21,8 @@ use tensora_convert::{
 use tensora_formats::{CheckpointIndex, Dtype, Format};
 use tensora_io::testing::{Fault, FaultBackend, Faults};
 use tensora_io::{
-    Backend, BackendKind, CancelToken, Control, DirectPolicy, ResidentPolicy, TransferParams,
-    backend,
+    Backend, BackendKind, CancelToken, Control, DirectPolicy, ReadRequest, ReadStats,
+    ResidentPolicy, TransferParams, backend,
 };
 
 type Snapshot = BTreeMap<PathBuf, Vec<u8>>;
@@ -340,6 +341,109 @@ fn a_read_error_names_file_and_cause() {
                 stage.finish();
             }
         }
+    }
+}
+
+/// Fails every read of a file below a directory.
+#[derive(Debug)]
+struct Failing {
+    inner: Box<dyn Backend>,
+    below: PathBuf,
+    errno: i32,
+}
+
+impl Backend for Failing {
+    fn kind(&self) -> BackendKind {
+        self.inner.kind()
+    }
+
+    fn read(
+        &self,
+        requests: Vec<ReadRequest<'_>>,
+        params: &TransferParams,
+        control: &Control,
+    ) -> tensora_io::Result<ReadStats> {
+        let failing = |request: &&ReadRequest<'_>| request.file.path().starts_with(&self.below);
+        match requests.iter().find(failing) {
+            Some(request) => Err(tensora_io::Error::Read {
+                path: request.file.path().to_owned(),
+                offset: request.offset,
+                length: 1,
+                source: io::Error::from_raw_os_error(self.errno),
+            }),
+            None => self.inner.read(requests, params, control),
+        }
+    }
+}
+
+/// Stops a conversion as late as possible. Returns how many files are kept.
+#[cfg(unix)]
+fn stop_late(stage: &Stage, calls: u64) -> usize {
+    let token = CancelToken::new();
+    let in_callback = token.clone();
+    let control = at_call(calls, move || in_callback.cancel()).with_cancel(token);
+    stage.run(&stage.options(), &control).unwrap_err();
+    let kept = stage.check_stopped();
+    assert!(kept > 0);
+    kept
+}
+
+#[cfg(unix)]
+#[test]
+fn a_finished_file_is_given_up_only_for_what_is_in_it() {
+    use rustix::io::Errno;
+    let calls = calls(Format::ServerlessLlmPartitioned);
+    for (errno, is_lost) in [
+        (Errno::MFILE, false),
+        (Errno::NOMEM, false),
+        (Errno::ACCESS, false),
+        (Errno::IO, true),
+    ] {
+        let stage = Stage::new(Format::ServerlessLlmPartitioned, false);
+        let kept = stop_late(&stage, calls);
+        let failing = Failing {
+            inner: backend(BackendKind::Sync).unwrap(),
+            below: stage.staging(),
+            errno: errno.raw_os_error(),
+        };
+        let transfer = TransferParams {
+            chunk_bytes: 64 << 10,
+            queue_depth: 1,
+            workers: 2,
+            direct: DirectPolicy::Never,
+            resident: ResidentPolicy::Reread,
+        };
+        let options = stage
+            .options()
+            .unfinished(Unfinished::Resume)
+            .reading(Reading::new(Arc::new(failing), 2, transfer));
+        let resumed = stage.run(&options, &Control::new());
+        if is_lost {
+            assert_eq!(resumed.unwrap().resumed_files, 0, "{errno}");
+            stage.check_done();
+        } else {
+            let text = resumed.unwrap_err().to_string();
+            assert!(text.contains(".tensora-convert"), "{text}");
+            assert_eq!(stage.check_stopped(), kept, "{errno}");
+            assert_eq!(stage.finish().resumed_files, kept, "{errno}");
+        }
+    }
+
+    // Those that are shorter, or gone.
+    let changes: [fn(&Path); 2] = [
+        |path| {
+            let file = fs::File::options().write(true).open(path).unwrap();
+            file.set_len(file.metadata().unwrap().len() - 1).unwrap();
+        },
+        |path| fs::remove_file(path).unwrap(),
+    ];
+    for change in changes {
+        let stage = Stage::new(Format::ServerlessLlmPartitioned, false);
+        let kept = stop_late(&stage, calls);
+        let mut staged = common::names(&stage.staging());
+        staged.retain(|name| name.starts_with("tensor.data_"));
+        change(&stage.staging().join(&staged[0]));
+        assert_eq!(stage.finish().resumed_files, kept - 1);
     }
 }
 
