@@ -1,8 +1,11 @@
 //! The directory that a checkpoint is written to: what is there, and what a conversion puts there.
 
-use std::fs::{self, File};
+use std::cell::LazyCell;
+use std::collections::HashSet;
+use std::ffi::OsString;
+use std::fs;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use tensora_formats::{CheckpointIndex, Format, UNFINISHED_NAME};
 
@@ -71,10 +74,10 @@ impl Kind {
 /// What of a target is gone once a conversion is complete.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Replaced {
-    /// Files, relative to the target.
-    pub(crate) files: Vec<String>,
-    /// Directories of ranks that there are no more. Nothing else is in them.
-    pub(crate) directories: Vec<String>,
+    /// Files, relative to the target. Not all names are UTF-8.
+    pub(crate) files: Vec<PathBuf>,
+    /// Directories of ranks that there are no more, relative to the target. Nothing else is in them.
+    pub(crate) directories: Vec<PathBuf>,
 }
 
 /// Checks that a checkpoint of this kind may be written to `directory`, and returns what it replaces.
@@ -86,23 +89,25 @@ pub(crate) fn check_occupancy(
     kind: &Kind,
     overwrite: Overwrite,
 ) -> Result<Replaced> {
-    let mut same = Vec::new();
-    let mut other = Vec::new();
-    let mut gone = Vec::new();
+    let mut same: Vec<PathBuf> = Vec::new();
+    let mut other: Vec<PathBuf> = Vec::new();
+    let mut gone: Vec<PathBuf> = Vec::new();
     for name in names(directory)? {
-        match Family::of_name(&name) {
+        // A name that is not UTF-8 ends as one that is, and holds no number.
+        match Family::of_name(&name.to_string_lossy()) {
             Some(Family::Ranks) if kind.family() == Family::Ranks => {
                 let rank = directory.join(&name);
                 if !rank.is_dir() {
-                    other.push(name);
+                    other.push(name.into());
                     continue;
                 }
                 check_rank_directory(directory, &rank)?;
-                let is_gone = !kind.ranks.contains(&name);
+                let is_gone = !kind.ranks.iter().any(|kept| name == kept.as_str());
                 for file in names(&rank)? {
-                    let is_checkpoint = Family::of_name(&file) == Some(Family::ServerlessLlm)
-                        || file == UNFINISHED_NAME;
-                    let file = format!("{name}/{file}");
+                    let family = Family::of_name(&file.to_string_lossy());
+                    let is_checkpoint =
+                        family == Some(Family::ServerlessLlm) || file == UNFINISHED_NAME;
+                    let file = Path::new(&name).join(file);
                     if is_checkpoint {
                         same.push(file);
                     } else if is_gone {
@@ -111,39 +116,47 @@ pub(crate) fn check_occupancy(
                     }
                 }
                 if is_gone {
-                    gone.push(name);
+                    gone.push(name.into());
                 }
             }
-            Some(family) if family == kind.family() => same.push(name),
-            Some(_) => other.push(name),
+            Some(family) if family == kind.family() => same.push(name.into()),
+            Some(_) => other.push(name.into()),
             // Digests of what is replaced would be wrong for what replaces it.
-            None if name == SIDECAR_NAME || kind.companions.contains(&name) => same.push(name),
+            None if name == SIDECAR_NAME
+                || kind.companions.iter().any(|copied| name == copied.as_str()) =>
+            {
+                same.push(name.into());
+            }
             None => {}
         }
     }
     same.sort();
     other.sort();
     if !other.is_empty() {
-        other.truncate(NAMED_FILES);
         return Err(Error::OtherCheckpoint {
             path: directory.to_owned(),
-            files: other,
+            files: first_names(&other),
         });
     }
     let is_occupied = !same.is_empty() || !gone.is_empty();
     if is_occupied && overwrite == Overwrite::Refuse {
         same.extend(gone);
-        same.truncate(NAMED_FILES);
         return Err(Error::TargetOccupied {
             path: directory.to_owned(),
-            files: same,
+            files: first_names(&same),
         });
     }
-    check_replaceable(directory, &same, source)?;
+    check_replaceable(directory, same.iter(), source)?;
     Ok(Replaced {
         files: same,
         directories: gone,
     })
+}
+
+/// The first of these, for an error.
+fn first_names(paths: &[PathBuf]) -> Vec<String> {
+    let first = paths.iter().take(NAMED_FILES);
+    first.map(|path| path.display().to_string()).collect()
 }
 
 /// Checks that files can be put into the directory of a rank by renaming.
@@ -172,15 +185,17 @@ fn check_rank_directory(target: &Path, rank: &Path) -> Result<()> {
 }
 
 /// Checks that these are files, and none of them of the source.
-fn check_replaceable(directory: &Path, files: &[String], source: &CheckpointIndex) -> Result<()> {
-    let sources: Vec<_> = match files {
-        [] => Vec::new(),
-        _ => source
-            .files()
-            .iter()
+fn check_replaceable<'a>(
+    directory: &Path,
+    files: impl Iterator<Item = &'a PathBuf>,
+    source: &CheckpointIndex,
+) -> Result<()> {
+    let sources = LazyCell::new(|| {
+        let files = source.files().iter();
+        files
             .filter_map(|file| fs::canonicalize(&file.path).ok())
-            .collect(),
-    };
+            .collect::<HashSet<_>>()
+    });
     for file in files {
         let path = directory.join(file);
         match fs::symlink_metadata(&path) {
@@ -205,14 +220,10 @@ fn check_replaceable(directory: &Path, files: &[String], source: &CheckpointInde
     Ok(())
 }
 
-/// The names in a directory; lossy where one is not UTF-8, which none of ours is.
-pub(crate) fn names(directory: &Path) -> Result<Vec<String>> {
+/// The names in a directory.
+fn names(directory: &Path) -> Result<Vec<OsString>> {
     fs::read_dir(directory)
-        .and_then(|entries| {
-            entries
-                .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
-                .collect()
-        })
+        .and_then(|entries| entries.map(|entry| Ok(entry?.file_name())).collect())
         .map_err(refused(directory, "list"))
 }
 
@@ -351,7 +362,13 @@ pub(crate) fn file_size_limit_bytes() -> Option<u64> {
 /// Makes created, renamed and removed names survive a crash.
 #[cfg(unix)]
 pub(crate) fn sync_directory(directory: &Path) -> Result<()> {
-    File::open(directory)
+    use rustix::fs::OFlags;
+    use std::os::unix::fs::OpenOptionsExt;
+    // What is no directory any more is an error; a pipe would block whoever opens it.
+    fs::OpenOptions::new()
+        .read(true)
+        .custom_flags(OFlags::DIRECTORY.bits().cast_signed())
+        .open(directory)
         .and_then(|directory| directory.sync_all())
         .map_err(refused(directory, "sync"))
 }

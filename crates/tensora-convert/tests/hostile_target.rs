@@ -8,9 +8,12 @@
 
 mod common;
 
+use std::ffi::OsStr;
 use std::fs;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::symlink;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
@@ -273,6 +276,28 @@ fn a_tensor_of_a_size_made_of_nothing_is_refused() {
 // --- Names and kinds of files ----------------------------------------------------------------------
 
 #[test]
+fn a_shard_whose_name_is_not_utf8_is_replaced_like_any_other() {
+    let directory = tempfile::tempdir().unwrap();
+    let (source, target) = (
+        directory.path().join("source"),
+        directory.path().join("target"),
+    );
+    write(&source, &records(1), Format::ServerlessLlmStore, 1);
+    write(&target, &records(2), Format::Safetensors, 1);
+    let old = target.join(OsStr::from_bytes(b"model-\xff.safetensors"));
+    if let Err(error) = fs::rename(target.join("model.safetensors"), &old) {
+        return common::skip(&format!("no names here that are not UTF-8: {error}"));
+    }
+    let options = ConvertOptions::new(Format::Safetensors);
+    let error = run(&options, &source, &target).unwrap_err();
+    assert!(matches!(error, Error::TargetOccupied { .. }), "{error}");
+    run(&options.overwrite(Overwrite::Replace), &source, &target).unwrap();
+    assert!(!old.exists());
+    assert_whole(&target, &source);
+    CheckpointIndex::open(&target).unwrap();
+}
+
+#[test]
 fn a_link_to_nothing_beside_the_source_matters_to_who_wants_it_copied() {
     let directory = tempfile::tempdir().unwrap();
     let (source, target) = (
@@ -332,4 +357,35 @@ fn a_pipe_in_the_place_of_a_companion_is_an_error() {
         "{error}"
     );
     assert!(error.to_string().contains("FIFO"), "{error}");
+}
+
+#[test]
+fn a_pipe_in_the_place_of_a_directory_is_an_error() {
+    let directory = tempfile::tempdir().unwrap();
+    let (source, target) = (
+        directory.path().join("source"),
+        directory.path().join("target"),
+    );
+    let ranks = [records(1), records(5)];
+    write_ranks(&source, &ranks, Format::ServerlessLlmStore, 1);
+    let index = CheckpointIndex::open(&source).unwrap();
+    let options = ConvertOptions::new(Format::ServerlessLlmPartitioned);
+    let plan = options.plan(&index, &target).unwrap();
+    let (staged, aside) = (
+        target.join(".tensora-convert/rank_0"),
+        directory.path().join("aside"),
+    );
+    // While the one file in it is written.
+    let is_done = AtomicBool::new(false);
+    let control = Control::new().with_progress(move |_| {
+        if !is_done.swap(true, Ordering::SeqCst) {
+            fs::rename(&staged, &aside).unwrap();
+            make_pipe(&staged);
+        }
+    });
+    let error = in_time(move || plan.run(&control)).unwrap_err();
+    assert!(
+        matches!(&error, Error::Target { operation: "sync", path, .. } if path.ends_with("rank_0")),
+        "{error}"
+    );
 }
