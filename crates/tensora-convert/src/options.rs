@@ -251,8 +251,8 @@ impl ConvertOptions {
     ///   and [`Error::SharedTensors`];
     /// - [`Error::Read`] and [`Error::Companion`] for a source that cannot be read;
     /// - [`Error::NotADirectory`], [`Error::TargetIsSource`], [`Error::TargetOccupied`],
-    ///   [`Error::OtherCheckpoint`], [`Error::Interrupted`], [`Error::NotEnoughSpace`] and
-    ///   [`Error::Target`] for a directory that it cannot be written to;
+    ///   [`Error::OtherCheckpoint`], [`Error::NotReplaceable`], [`Error::Interrupted`],
+    ///   [`Error::NotEnoughSpace`] and [`Error::Target`] for a directory that it cannot be written to;
     /// - [`Error::NotEnoughMemory`] for a machine that leaves no memory for buffers.
     pub fn plan(
         &self,

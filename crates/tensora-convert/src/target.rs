@@ -146,7 +146,10 @@ pub(crate) fn check_occupancy(
             files: first_names(&same),
         });
     }
-    check_replaceable(directory, same.iter(), source)?;
+    // The marker comes and goes, whatever is replaced.
+    let marker = PathBuf::from(UNFINISHED_NAME);
+    check_replaceable(directory, same.iter().chain([&marker]), source)?;
+    check_removable(directory, same.iter().chain(&gone).chain([&marker]))?;
     Ok(Replaced {
         files: same,
         directories: gone,
@@ -181,7 +184,8 @@ fn check_rank_directory(target: &Path, rank: &Path) -> Result<()> {
     }
     #[cfg(not(unix))]
     let _ = target;
-    Ok(())
+    // The target may be this user's and a rank in it somebody else's.
+    check_writable(rank)
 }
 
 /// Checks that these are files, and none of them of the source.
@@ -217,6 +221,57 @@ fn check_replaceable<'a>(
             });
         }
     }
+    Ok(())
+}
+
+/// Checks that this user may take away what is at these paths, be it by renaming a file over it: in a sticky
+/// directory, such as `/tmp`, only the owners of a file and of the directory may, and root.
+#[cfg(unix)]
+fn check_removable<'a>(directory: &Path, paths: impl Iterator<Item = &'a PathBuf>) -> Result<()> {
+    use std::collections::HashMap;
+    use std::os::unix::fs::MetadataExt;
+
+    const STICKY: u32 = 0o1000;
+
+    let user = rustix::process::geteuid();
+    if user.is_root() {
+        return Ok(());
+    }
+    let mut restricted: HashMap<PathBuf, bool> = HashMap::new();
+    for path in paths {
+        let path = directory.join(path);
+        let Some(around) = path.parent() else {
+            continue;
+        };
+        let is_restricted = match restricted.get(around) {
+            Some(&known) => known,
+            None => {
+                let found = fs::metadata(around).map_err(refused(around, "access"))?;
+                let is_restricted = found.mode() & STICKY != 0 && found.uid() != user.as_raw();
+                restricted.insert(around.to_owned(), is_restricted);
+                is_restricted
+            }
+        };
+        if !is_restricted {
+            continue;
+        }
+        match fs::symlink_metadata(&path) {
+            Ok(found) if found.uid() != user.as_raw() => {
+                return Err(Error::NotReplaceable {
+                    path,
+                    what: "belongs to another user, in a directory where only owners may replace files (sticky)",
+                });
+            }
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(refused(&path, "access")(error)),
+        }
+    }
+    Ok(())
+}
+
+#[cfg(not(unix))]
+fn check_removable<'a>(_directory: &Path, _paths: impl Iterator<Item = &'a PathBuf>) -> Result<()> {
     Ok(())
 }
 

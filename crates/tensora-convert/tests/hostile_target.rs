@@ -10,9 +10,12 @@ mod common;
 
 use std::ffi::OsStr;
 use std::fs;
+use std::io;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{PermissionsExt, chown, symlink};
+use std::os::unix::process::CommandExt;
 use std::path::Path;
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::thread;
@@ -271,6 +274,172 @@ fn a_tensor_of_a_size_made_of_nothing_is_refused() {
         .digests(&source, &Control::new())
         .unwrap_err();
     assert!(matches!(error, Error::TooManyWindows { .. }), "{error}");
+}
+
+// --- Several users --------------------------------------------------------------------------------
+
+/// Names the directory in which this program, started again as another user, finds what it is to do.
+const PLACE: &str = "TENSORA_TEST_OTHER_USER";
+const NOBODY: u32 = 65534;
+
+fn set_mode(path: &Path, mode: u32) {
+    fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+}
+
+/// Gives a directory and all that is in it to a user, and lets everybody read it.
+fn give(directory: &Path, user: u32) {
+    for name in names(directory).iter().map(String::as_str).chain([""]) {
+        let path = directory.join(name);
+        set_mode(&path, if path.is_dir() { 0o755 } else { 0o644 });
+        chown(&path, Some(user), Some(user)).unwrap();
+    }
+}
+
+/// Runs a test of this program once more as `nobody`, with `place` for it to look at.
+fn as_nobody(test: &str, place: &Path) {
+    // The program may lie where only root can look.
+    let program = place.join("program");
+    fs::copy(std::env::current_exe().unwrap(), &program).unwrap();
+    set_mode(&program, 0o755);
+    let mut command = Command::new(&program);
+    command
+        .args([test, "--exact", "--nocapture"])
+        .env(PLACE, place)
+        .current_dir("/")
+        .uid(NOBODY)
+        .gid(NOBODY);
+    let output = loop {
+        match command.output() {
+            // Another test has forked while the program was written, and has not started its own yet.
+            Err(error) if error.kind() == io::ErrorKind::ExecutableFileBusy => {
+                thread::sleep(Duration::from_millis(10));
+            }
+            output => break output.unwrap(),
+        }
+    };
+    assert!(
+        output.status.success(),
+        "{}\n{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+}
+
+fn replacing(format: Format) -> ConvertOptions {
+    ConvertOptions::new(format)
+        .overwrite(Overwrite::Replace)
+        .companions(Companions::Copy)
+}
+
+/// The rank of a target that is this user's otherwise cannot be written to.
+fn check_locked(place: &Path, target: &str) {
+    let options = replacing(Format::ServerlessLlmPartitioned);
+    let error = run(&options, &place.join("ranks"), &place.join(target)).unwrap_err();
+    assert!(
+        matches!(&error, Error::Target { path, .. } if path.ends_with("rank_1")),
+        "{target}: {error}"
+    );
+    assert!(
+        error.to_string().contains("permissions"),
+        "{target}: {error}"
+    );
+}
+
+/// Something in a target where everybody may write is not this user's to replace.
+fn check_sticky(place: &Path) {
+    for (source, target, name) in [
+        ("source", "sticky", "tensor.data_0"),
+        ("source", "sticky-beside", "config.json"),
+        ("ranks", "sticky-ranks", "rank_2"),
+    ] {
+        let options = replacing(Format::ServerlessLlmStore);
+        let error = run(&options, &place.join(source), &place.join(target)).unwrap_err();
+        assert!(
+            matches!(&error, Error::NotReplaceable { path, .. } if path.ends_with(name)),
+            "{target}: {error}"
+        );
+    }
+    let options = replacing(Format::ServerlessLlmStore);
+    run(&options, &place.join("source"), &place.join("sticky-own")).unwrap();
+}
+
+#[test]
+fn what_only_others_may_replace_is_found_before_anything_is_written() {
+    if let Some(place) = std::env::var_os(PLACE) {
+        let place = Path::new(&place);
+        check_locked(place, "foreign");
+        check_locked(place, "locked");
+        return check_sticky(place);
+    }
+    let name = "what_only_others_may_replace_is_found_before_anything_is_written";
+    let directory = tempfile::tempdir().unwrap();
+    let place = directory.path();
+    let (format, old) = (
+        Format::ServerlessLlmStore,
+        [records(11), records(12), records(13)],
+    );
+    write(&place.join("source"), &records(1), Format::Safetensors, 1);
+    fs::write(place.join("source/config.json"), "{}").unwrap();
+    write_ranks(&place.join("ranks"), &[records(1), records(5)], format, 1);
+    write_ranks(&place.join("locked"), &old[..2], format, 1);
+    if !rustix::process::geteuid().is_root() {
+        set_mode(&place.join("locked/rank_1"), 0o555);
+        let before = names(&place.join("locked"));
+        check_locked(place, "locked");
+        assert_eq!(names(&place.join("locked")), before);
+        set_mode(&place.join("locked/rank_1"), 0o755);
+        return common::skip(&format!("{name}: only root has files of several users"));
+    }
+
+    write_ranks(&place.join("foreign"), &old[..2], format, 1);
+    write_ranks(&place.join("sticky-ranks"), &old, format, 1);
+    write(&place.join("sticky"), &old[0], format, 1);
+    write(&place.join("sticky-own"), &old[0], format, 1);
+    fs::create_dir(place.join("sticky-beside")).unwrap();
+    fs::write(place.join("sticky-beside/config.json"), "old").unwrap();
+    give(place, 0);
+    for own in [
+        "locked",
+        "foreign",
+        "sticky-own",
+        "sticky-ranks/rank_0",
+        "sticky-ranks/rank_1",
+    ] {
+        give(&place.join(own), NOBODY);
+    }
+    set_mode(&place.join("locked/rank_1"), 0o555);
+    give(&place.join("foreign/rank_1"), 0);
+    // It can be emptied, and stays.
+    set_mode(&place.join("sticky-ranks/rank_2"), 0o777);
+    for sticky in ["sticky", "sticky-beside", "sticky-ranks", "sticky-own"] {
+        chown(place.join(sticky), Some(0), Some(0)).unwrap();
+        set_mode(&place.join(sticky), 0o1777);
+    }
+    let refused = [
+        "locked",
+        "foreign",
+        "sticky",
+        "sticky-beside",
+        "sticky-ranks",
+    ];
+    let all = || {
+        refused.map(|target| {
+            let target = place.join(target);
+            (names(&target), common::snapshot(&target))
+        })
+    };
+    let before = all();
+    as_nobody(name, place);
+    assert!(all() == before, "something was written");
+    assert_whole(&place.join("sticky-own"), &place.join("source"));
+    // Root may.
+    run(
+        &replacing(format),
+        &place.join("source"),
+        &place.join("sticky"),
+    )
+    .unwrap();
+    assert_whole(&place.join("sticky"), &place.join("source"));
 }
 
 // --- Names and kinds of files ----------------------------------------------------------------------
