@@ -158,8 +158,8 @@ pub enum Error {
         /// What is no directory.
         path: PathBuf,
     },
-    /// The target directory is the one that the source is in.
-    #[error("{}: is the directory of the source; write the converted checkpoint to another one", path.display())]
+    /// The target directory is the one that the source is in, or files that would be replaced are the source's.
+    #[error("{}: is the directory of the source, or holds files of it; write the converted checkpoint to another one", path.display())]
     TargetIsSource {
         /// The directory.
         path: PathBuf,

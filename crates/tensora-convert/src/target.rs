@@ -4,6 +4,7 @@ use std::cell::LazyCell;
 use std::collections::HashSet;
 use std::ffi::OsString;
 use std::fs;
+use std::hash::Hash;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -197,7 +198,7 @@ fn check_replaceable<'a>(
     let sources = LazyCell::new(|| {
         let files = source.files().iter();
         files
-            .filter_map(|file| fs::canonicalize(&file.path).ok())
+            .filter_map(|file| place(&file.path).ok())
             .collect::<HashSet<_>>()
     });
     for file in files {
@@ -215,7 +216,7 @@ fn check_replaceable<'a>(
             Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
             Err(error) => return Err(refused(&path, "access")(error)),
         }
-        if fs::canonicalize(&path).is_ok_and(|real| sources.contains(&real)) {
+        if place(&path).is_ok_and(|place| sources.contains(&place)) {
             return Err(Error::TargetIsSource {
                 path: directory.to_owned(),
             });
@@ -273,6 +274,18 @@ fn check_removable<'a>(directory: &Path, paths: impl Iterator<Item = &'a PathBuf
 #[cfg(not(unix))]
 fn check_removable<'a>(_directory: &Path, _paths: impl Iterator<Item = &'a PathBuf>) -> Result<()> {
     Ok(())
+}
+
+/// What tells where `path` leads to from every other place, by whichever name, link or bind mount it is reached.
+#[cfg(unix)]
+fn place(path: &Path) -> io::Result<impl Eq + Hash + use<>> {
+    use std::os::unix::fs::MetadataExt;
+    fs::metadata(path).map(|found| (found.dev(), found.ino()))
+}
+
+#[cfg(not(unix))]
+fn place(path: &Path) -> io::Result<impl Eq + Hash + use<>> {
+    fs::canonicalize(path)
 }
 
 /// The names in a directory.
@@ -362,15 +375,15 @@ pub(crate) fn or_current(path: &Path) -> &Path {
 
 /// Checks that no file of the source is in `directory`, whichever way either is named.
 fn check_apart(directory: &Path, source: &CheckpointIndex) -> Result<()> {
-    let canonical = fs::canonicalize(directory).map_err(refused(directory, "resolve"))?;
-    let is_source = |path: &Path| fs::canonicalize(path).is_ok_and(|path| path == canonical);
+    let here = place(directory).map_err(refused(directory, "access"))?;
+    let is_here = |path: &Path| place(path).is_ok_and(|place| place == here);
     // A source opened through symbolic links is in two places.
     let holds_file = source.files().iter().any(|file| {
         let real = fs::canonicalize(&file.path).ok();
-        file.path.parent().is_some_and(is_source)
-            || real.as_deref().and_then(Path::parent) == Some(&canonical)
+        let parents = [Some(&*file.path), real.as_deref()].map(|path| path.and_then(Path::parent));
+        parents.into_iter().flatten().any(is_here)
     });
-    if is_source(source.root()) || holds_file {
+    if is_here(source.root()) || holds_file {
         return Err(Error::TargetIsSource {
             path: directory.to_owned(),
         });

@@ -442,6 +442,84 @@ fn what_only_others_may_replace_is_found_before_anything_is_written() {
     assert_whole(&place.join("sticky"), &place.join("source"));
 }
 
+// --- Other names for the source --------------------------------------------------------------------
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_bind_mount_of_the_source_is_the_source() {
+    const BOUND: &str = "TENSORA_TEST_BIND_MOUNT";
+    let options = replacing(Format::ServerlessLlmPartitioned);
+    if let Some(place) = std::env::var_os(BOUND) {
+        let place = Path::new(&place);
+        let (source, target) = (place.join("source"), place.join("target"));
+        let before = common::snapshot(&source);
+        assert!(common::snapshot(&target) == before);
+        let error = run(&options, &source, &target).unwrap_err();
+        assert!(matches!(error, Error::TargetIsSource { .. }), "{error}");
+        assert!(common::snapshot(&source) == before);
+        return;
+    }
+    let name = "a_bind_mount_of_the_source_is_the_source";
+    let directory = tempfile::tempdir().unwrap();
+    let (source, target) = (
+        directory.path().join("source"),
+        directory.path().join("target"),
+    );
+    write(&source, &records(1), Format::ServerlessLlmStore, 1);
+    fs::create_dir(&target).unwrap();
+    let in_namespace = |command: &[&OsStr]| {
+        Command::new("unshare")
+            .args(["--mount", "--propagation", "private", "sh", "-c"])
+            .arg("mount --bind \"$1\" \"$2\" && shift 2 && exec \"$@\"")
+            .arg("sh")
+            .args([&source, &target])
+            .args(command)
+            .env(BOUND, directory.path())
+            .output()
+    };
+    let refused = match in_namespace(&[OsStr::new("true")]) {
+        Ok(output) if output.status.success() => None,
+        Ok(output) => Some(String::from_utf8_lossy(&output.stderr).trim().to_owned()),
+        Err(error) => Some(format!("unshare: {error}")),
+    };
+    if let Some(reason) = refused {
+        return common::skip(&format!("{name}: no mounts of its own: {reason}"));
+    }
+    let program = std::env::current_exe().unwrap();
+    let arguments = [program.as_os_str(), OsStr::new(name), OsStr::new("--exact")];
+    let output = in_namespace(&arguments).unwrap();
+    assert!(
+        output.status.success(),
+        "{}\n{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+}
+
+#[test]
+fn a_file_of_the_source_is_not_replaced_under_another_name() {
+    let directory = tempfile::tempdir().unwrap();
+    let (source, target) = (
+        directory.path().join("source"),
+        directory.path().join("target"),
+    );
+    write(&source, &records(1), Format::ServerlessLlmStore, 1);
+    write(&target, &records(2), Format::ServerlessLlmStore, 1);
+    fs::remove_file(target.join("tensor.data_0")).unwrap();
+    fs::hard_link(source.join("tensor.data_0"), target.join("tensor.data_0")).unwrap();
+    let before = common::snapshot(&target);
+    let options = replacing(Format::ServerlessLlmPartitioned);
+    let error = run(&options, &source, &target).unwrap_err();
+    assert!(matches!(error, Error::TargetIsSource { .. }), "{error}");
+    assert!(error.to_string().contains("holds files of it"), "{error}");
+    assert!(common::snapshot(&target) == before);
+    // A copy is nobody's.
+    fs::remove_file(target.join("tensor.data_0")).unwrap();
+    fs::copy(source.join("tensor.data_0"), target.join("tensor.data_0")).unwrap();
+    run(&options, &source, &target).unwrap();
+    assert_whole(&target, &source);
+}
+
 // --- Names and kinds of files ----------------------------------------------------------------------
 
 #[test]
