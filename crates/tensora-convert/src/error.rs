@@ -281,6 +281,15 @@ pub enum Error {
         /// The differences, as sentences.
         differences: Vec<String>,
     },
+    /// What was written reads differently from what was read, after a conversion that had been interrupted
+    /// while it put its files in place was taken up again. The target stays marked as incomplete.
+    #[error("{}: what was written is not what was read: {}; the directory stays incomplete, and opens as no checkpoint: check the storage, then repeat the conversion with --resume, which writes what was damaged again, or remove the whole target", path.display(), differences.join("; "))]
+    PlacedNotAsRead {
+        /// The target directory.
+        path: PathBuf,
+        /// The differences, as sentences.
+        differences: Vec<String>,
+    },
     /// The operating system refused an operation on the target.
     #[error("{}: could not {operation}: {source}{}", path.display(), elsewhere(source))]
     Target {

@@ -71,7 +71,8 @@ pub enum Verify {
     #[default]
     Skip,
     /// Open what was written as a checkpoint, read it, and compare it tensor by tensor with what was
-    /// read from the source, before it gets its names.
+    /// read from the source, before it gets its names. Where an interrupted conversion is finished that
+    /// had begun to give them, before the directory opens as a checkpoint.
     ReadBack,
 }
 

@@ -152,8 +152,8 @@ impl ConversionPlan {
     /// [`Error::Read`], [`Error::SourceChanged`] and [`Error::Companion`] for the source;
     /// [`Error::DiskFull`], [`Error::FileTooLarge`], [`Error::Target`], [`Error::Write`],
     /// [`Error::TargetOccupied`], [`Error::OtherCheckpoint`], [`Error::TargetBusy`],
-    /// [`Error::CannotResume`] for the target; [`Error::NotAsRead`] when verifying finds a difference;
-    /// [`Error::Thread`]; [`Error::Cancelled`]. Files that are finished by then are kept, and
+    /// [`Error::CannotResume`] for the target; [`Error::NotAsRead`] and [`Error::PlacedNotAsRead`] when
+    /// verifying finds a difference; [`Error::Thread`]; [`Error::Cancelled`]. Files that are finished by then are kept, and
     /// [`Unfinished::Resume`] goes on from there; [`kept`](Self::kept) tells how many. Where there are none,
     /// whatever was written is removed. A checkpoint that was to be replaced is still there, unless giving
     /// files their names had begun.

@@ -63,12 +63,20 @@ pub(crate) fn run(plan: &ConversionPlan, control: &Control) -> Result<Conversion
                 false => plan.overwrite,
             };
             let replaced = check_occupancy(&plan.target, &plan.source, &plan.kind, overwrite)?;
-            staging.commit(&data, &indexes, &replaced)?;
-            // Some files had their names already, so that they could not be read where they were staged.
+            let placed = staging.place(&data, &indexes, &replaced)?;
+            // Some files had their names already, so that they could not be read where they were staged. Nobody
+            // takes them for a checkpoint yet.
             if is_resumed_commit && let (Verify::ReadBack, Some(digests)) = (plan.verify, &digests)
             {
-                read_back(plan, &plan.target, digests, control)?;
+                let differences = read_back(plan, &plan.target, digests, control)?;
+                if !differences.is_empty() {
+                    return Err(Error::PlacedNotAsRead {
+                        path: plan.target.clone(),
+                        differences,
+                    });
+                }
             }
+            staging.complete(&placed)?;
             report.elapsed = start.elapsed();
             Ok(report)
         }
@@ -146,7 +154,13 @@ fn write_all(
     if !staging.is_committing()
         && let (Verify::ReadBack, Some(digests)) = (plan.verify, &digests)
     {
-        read_back(plan, staging.directory(), digests, control)?;
+        let differences = read_back(plan, staging.directory(), digests, control)?;
+        if !differences.is_empty() {
+            return Err(Error::NotAsRead {
+                path: plan.target.clone(),
+                differences,
+            });
+        }
     }
     for (source, file) in sources.iter().zip(plan.source.files()) {
         identity::check(file, source)?;
@@ -484,18 +498,24 @@ fn is_of_the_device(_error: &io::Error) -> bool {
     false
 }
 
-/// Opens what was written as a checkpoint and compares its tensors with those of the source.
+/// Opens what was written as a checkpoint and compares its tensors with those of the source. Returns how they
+/// differ, as sentences.
 fn read_back(
     plan: &ConversionPlan,
     directory: &Path,
     expected: &ContentDigests,
     control: &Control,
-) -> Result<()> {
-    let found = OpenOptions::new()
+) -> Result<Vec<String>> {
+    let opened = OpenOptions::new()
         .format(plan.kind.format)
         .unfinished(UnfinishedCheckpoint::Open)
-        .open(directory)
-        .map_err(Error::Layout)?;
+        .open(directory);
+    let found = match opened {
+        Ok(found) => found,
+        Err(error @ tensora_formats::Error::Io { .. }) => return Err(Error::Layout(error)),
+        // Headers and indexes are written as well, and are a checkpoint when they are as they were written.
+        Err(error) => return Ok(vec![error.to_string()]),
+    };
     for file in found.files() {
         // The device is asked, not the page cache, where the system lets us.
         let _ = SourceFile::open(&file.path).and_then(|file| file.evict());
@@ -503,13 +523,7 @@ fn read_back(
     let found =
         verify_options(plan, plan.reading.past_the_page_cache()).digests(&found, control)?;
     let differences = differences(expected, &found);
-    if differences.is_empty() {
-        return Ok(());
-    }
-    Err(Error::NotAsRead {
-        path: plan.target.clone(),
-        differences: differences.iter().map(ToString::to_string).collect(),
-    })
+    Ok(differences.iter().map(ToString::to_string).collect())
 }
 
 /// Whether a record holds this tensor's elements in row-major order.

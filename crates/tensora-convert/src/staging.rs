@@ -128,7 +128,7 @@ fn exists(path: &Path) -> Result<bool> {
     }
 }
 
-/// The directory that a conversion writes into. Dropped before [`commit`](Self::commit) has begun, it
+/// The directory that a conversion writes into. Dropped before [`place`](Self::place) has begun, it
 /// keeps what is finished, and removes what is not.
 #[derive(Debug)]
 pub(crate) struct Staging {
@@ -137,6 +137,13 @@ pub(crate) struct Staging {
     /// Directories above that did not exist before, outermost first.
     created: Vec<PathBuf>,
     progress: Mutex<Progress>,
+}
+
+/// Files that have got their names, in directories that are still marked as incomplete.
+#[derive(Debug)]
+#[must_use]
+pub(crate) struct Placed {
+    directories: BTreeSet<PathBuf>,
 }
 
 #[derive(Debug)]
@@ -286,25 +293,26 @@ impl Staging {
     /// Gives all files their names: `data` in that order, then `indexes`, each of which makes a checkpoint
     /// of what is beside it. `replaced` are files of the target that are to be gone.
     ///
-    /// Interrupted, by an error or a crash, it is taken up where it was.
-    pub(crate) fn commit(
+    /// What is there then is whole, but marked as incomplete until [`complete`](Self::complete). Interrupted, by an
+    /// error or a crash, it is taken up where it was.
+    pub(crate) fn place(
         &self,
         data: &[String],
         indexes: &[String],
         replaced: &Replaced,
-    ) -> Result<()> {
+    ) -> Result<Placed> {
         let names = data.iter().chain(indexes).map(Path::new);
-        let directories: BTreeSet<PathBuf> = names
+        let mut directories: BTreeSet<PathBuf> = names
             .chain(replaced.files.iter().map(PathBuf::as_path))
             .filter_map(|name| Some(self.target.join(name.parent()?)))
-            .chain(
-                replaced
-                    .directories
-                    .iter()
-                    .map(|name| self.target.join(name)),
-            )
             .chain([self.target.clone()])
             .collect();
+        let gone: BTreeSet<PathBuf> = replaced
+            .directories
+            .iter()
+            .map(|name| self.target.join(name))
+            .collect();
+        directories.extend(gone.iter().cloned());
         {
             let mut progress = self.progress();
             if !progress.record.is_committing {
@@ -334,26 +342,29 @@ impl Staging {
         for name in indexes {
             self.rename(name)?;
         }
-        // The root comes first in this order, and loses its marker last.
-        for directory in directories.iter().rev() {
+        for directory in &directories {
             sync_directory(directory)?;
-            let is_gone = replaced
-                .directories
-                .iter()
-                .any(|name| self.target.join(name) == *directory);
-            if is_gone {
-                remove(&directory.join(UNFINISHED_NAME))?;
-                match fs::remove_dir(directory) {
-                    Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                    removed => removed.map_err(refused(directory, "remove"))?,
-                }
-                sync_directory(&self.target)?;
-            } else {
-                remove(&directory.join(UNFINISHED_NAME))?;
-                sync_directory(directory)?;
+        }
+        // Now, because a rank without a checkpoint would keep the target from being opened and read back.
+        for directory in &gone {
+            remove(&directory.join(UNFINISHED_NAME))?;
+            match fs::remove_dir(directory) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                removed => removed.map_err(refused(directory, "remove"))?,
             }
         }
         sync_directory(&self.target)?;
+        directories.retain(|directory| !gone.contains(directory));
+        Ok(Placed { directories })
+    }
+
+    /// Lets what was placed be a checkpoint, and removes all that is left of making it.
+    pub(crate) fn complete(&self, placed: &Placed) -> Result<()> {
+        // The root comes first in this order, and loses its marker last.
+        for directory in placed.directories.iter().rev() {
+            remove(&directory.join(UNFINISHED_NAME))?;
+            sync_directory(directory)?;
+        }
         for parent in self.created.iter().filter_map(|path| path.parent()) {
             sync_directory(or_current(parent))?;
         }

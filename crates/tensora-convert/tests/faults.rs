@@ -16,9 +16,10 @@ use std::thread;
 
 use common::{FORMATS, Record, Tensors, tensors};
 use tensora_convert::{
-    ConversionReport, ConvertOptions, Error, Overwrite, Reading, Result, Unfinished, Verify,
+    ConversionPlan, ConversionReport, ConvertOptions, Error, Overwrite, Reading, Result,
+    Unfinished, Verify,
 };
-use tensora_formats::{CheckpointIndex, Dtype, Format};
+use tensora_formats::{CheckpointIndex, Dtype, Format, UNFINISHED_NAME};
 use tensora_io::testing::{Fault, FaultBackend, Faults};
 use tensora_io::{
     Backend, BackendKind, CancelToken, Control, DirectPolicy, ReadRequest, ReadStats,
@@ -445,6 +446,154 @@ fn a_finished_file_is_given_up_only_for_what_is_in_it() {
         change(&stage.staging().join(&staged[0]));
         assert_eq!(stage.finish().resumed_files, kept - 1);
     }
+}
+
+/// Does something once so many bytes have been reported.
+fn once_arrived(bytes: u64, action: impl Fn() + Send + Sync + 'static) -> Control {
+    let arrived = AtomicU64::new(0);
+    Control::new().with_progress(move |more| {
+        let before = arrived.fetch_add(more, Ordering::SeqCst);
+        if (before..before + more).contains(&(bytes - 1)) {
+            action();
+        }
+    })
+}
+
+/// Writes everything that is planned, and stops while that is read back.
+fn stop_while_read_back(plan: &ConversionPlan) {
+    let token = CancelToken::new();
+    let in_callback = token.clone();
+    let control = once_arrived(plan.data_bytes() + 1, move || in_callback.cancel());
+    let error = plan.run(&control.with_cancel(token)).unwrap_err();
+    assert!(error.is_cancelled(), "{error}");
+}
+
+/// What a crash leaves behind that comes when the first file has got its name.
+fn leave_in_commit(plan: &ConversionPlan, first: &str) {
+    stop_while_read_back(plan);
+    let (target, staging) = (plan.target(), plan.target().join(".tensora-convert"));
+    let journal = staging.join(".journal");
+    let mut text = fs::read(&journal).unwrap();
+    text.extend(b"{\"event\":\"committing\"}\n");
+    fs::write(journal, text).unwrap();
+    fs::write(target.join(UNFINISHED_NAME), "").unwrap();
+    fs::rename(staging.join(first), target.join(first)).unwrap();
+}
+
+/// A format, the first of its files, and a byte that matters in there: of a tensor, or of a header.
+const FIRST_FILES: [(Format, &str, usize); 4] = [
+    (Format::ServerlessLlmPartitioned, "tensor.data_0", 1000),
+    (Format::ServerlessLlmStore, "tensor.data_0", 0),
+    (
+        Format::Safetensors,
+        "model-00001-of-00004.safetensors",
+        200_000,
+    ),
+    (Format::Safetensors, "model-00001-of-00004.safetensors", 9),
+];
+
+fn flip_bit(path: &Path, at: usize) {
+    let mut bytes = fs::read(path).unwrap();
+    bytes[at] ^= 1;
+    fs::write(path, bytes).unwrap();
+}
+
+#[test]
+fn what_reads_differently_is_not_put_in_place() {
+    for (format, first, at) in FIRST_FILES {
+        for holds_old in [false, true] {
+            let stage = Stage::new(format, holds_old);
+            let index = CheckpointIndex::open(&stage.source).unwrap();
+            let options = stage.options().verify(Verify::ReadBack);
+            stop_while_read_back(&options.plan(&index, &stage.target).unwrap());
+            let resumed = options.clone().unfinished(Unfinished::Resume);
+            let plan = resumed.plan(&index, &stage.target).unwrap();
+            // After it was found to be what the journal says.
+            let damaged = stage.staging().join(first);
+            let control = once_arrived(plan.data_bytes(), move || flip_bit(&damaged, at));
+            let error = plan.run(&control).unwrap_err();
+            assert!(
+                matches!(&error, Error::NotAsRead { path, differences } if *path == stage.target && differences.len() == 1),
+                "{error}"
+            );
+            assert!(!stage.staging().exists());
+            assert!(stage.visible() == stage.old_files.clone().unwrap_or_default());
+            stage.run(&options, &Control::new()).unwrap();
+            stage.check_done();
+        }
+    }
+}
+
+#[test]
+fn what_reads_differently_in_place_opens_as_no_checkpoint() {
+    for (format, first, at) in FIRST_FILES {
+        let stage = Stage::new(format, false);
+        let index = CheckpointIndex::open(&stage.source).unwrap();
+        let options = stage.options().verify(Verify::ReadBack);
+        leave_in_commit(&options.plan(&index, &stage.target).unwrap(), first);
+        let resumed = options.unfinished(Unfinished::Resume);
+        let plan = resumed.plan(&index, &stage.target).unwrap();
+        let kept = plan.kept().unwrap().files;
+        let check_refused = || {
+            let error = CheckpointIndex::open(&stage.target).unwrap_err();
+            let is_unfinished = matches!(error, tensora_formats::Error::Unfinished { .. });
+            assert!(is_unfinished, "{error}");
+            assert_eq!(plan.kept().unwrap().files, kept);
+        };
+        check_refused();
+
+        // After it was found to be what the journal says.
+        let damaged = stage.target.join(first);
+        let control = once_arrived(plan.data_bytes(), move || flip_bit(&damaged, at));
+        let error = plan.run(&control).unwrap_err();
+        check_refused();
+        let text = error.to_string();
+        assert!(
+            matches!(&error, Error::PlacedNotAsRead { path, differences } if *path == stage.target && differences.len() == 1),
+            "{text}"
+        );
+        for part in ["target", "--resume", "no checkpoint"] {
+            assert!(text.contains(part), "{text}");
+        }
+
+        // Stopped by the user at the same place.
+        stop_while_read_back(&plan);
+        check_refused();
+        let report = stage.run(&resumed, &Control::new()).unwrap();
+        assert_eq!(report.resumed_files, kept);
+        stage.check_done();
+    }
+}
+
+#[test]
+fn ranks_that_there_are_no_more_are_gone_when_the_others_are_read_back() {
+    let directory = tempfile::tempdir().unwrap();
+    let (source, target) = (
+        directory.path().join("source"),
+        directory.path().join("target"),
+    );
+    let format = Format::ServerlessLlmPartitioned;
+    common::write_ranks(&source, &[records(1), records(11)], format, 1);
+    let old: Vec<Vec<Record>> = (0..4).map(|rank| records(100 + rank)).collect();
+    common::write_ranks(&target, &old, format, 2);
+    let index = CheckpointIndex::open(&source).unwrap();
+    let options = ConvertOptions::new(format)
+        .overwrite(Overwrite::Replace)
+        .verify(Verify::ReadBack);
+    leave_in_commit(
+        &options.plan(&index, &target).unwrap(),
+        "rank_0/tensor.data_0",
+    );
+    let resumed = options.unfinished(Unfinished::Resume);
+    resumed
+        .plan(&index, &target)
+        .unwrap()
+        .run(&Control::new())
+        .unwrap();
+    assert!(common::read(&target).tensors == common::read(&source).tensors);
+    let left = common::names(&target);
+    assert!(!left.iter().any(|name| name.contains("unfinished")));
+    assert!(!left.contains(&"rank_2".to_owned()), "{left:?}");
 }
 
 #[test]
