@@ -161,24 +161,11 @@ impl Staging {
     ) -> Result<Self> {
         // Again, because another conversion may have begun since it was planned.
         check(target, unfinished)?;
-        let mut created = Vec::new();
-        let existing = nearest_existing(target)?;
-        let mut missing: Vec<&Path> = target
-            .ancestors()
-            .take_while(|&ancestor| ancestor != existing && !ancestor.as_os_str().is_empty())
-            .collect();
-        missing.reverse();
         let staging = directory(target);
-        for path in missing.into_iter().chain([&*staging]) {
-            match fs::create_dir(path) {
-                Ok(()) => created.push(path.to_owned()),
-                // Somebody else was faster, or the path goes through `..`.
-                Err(_) if path.is_dir() => {}
-                Err(error) => {
-                    remove_directories(&created);
-                    return Err(refused(path, "create")(error));
-                }
-            }
+        let mut created = Vec::new();
+        if let Err(error) = create_directories(target, &staging, &mut created) {
+            remove_directories(&created);
+            return Err(error);
         }
         // Another conversion may have begun in what this one has created; then it stays.
         let tidy = |error| {
@@ -365,9 +352,6 @@ impl Staging {
             remove(&directory.join(UNFINISHED_NAME))?;
             sync_directory(directory)?;
         }
-        for parent in self.created.iter().filter_map(|path| path.parent()) {
-            sync_directory(or_current(parent))?;
-        }
         self.remove_all();
         // Without it, a crash could leave a conversion to be finished of which it was said that it is.
         sync_directory(&self.target)
@@ -549,6 +533,52 @@ fn create_parent(root: &Path, path: &Path) -> Result<()> {
     }
 }
 
+/// Creates what is missing of `target`, and the staging directory in it. `created` are those that were missing,
+/// outermost first, also after an error.
+///
+/// Each name is safe on the device before anything is created below it, so that whoever resumes a conversion that was
+/// killed knows that of all names but the last.
+fn create_directories(target: &Path, staging: &Path, created: &mut Vec<PathBuf>) -> Result<()> {
+    let existing = nearest_existing(target)?;
+    let mut missing: Vec<&Path> = target
+        .ancestors()
+        .take_while(|&ancestor| ancestor != existing && !ancestor.as_os_str().is_empty())
+        .collect();
+    missing.reverse();
+    match sync_parent(existing) {
+        // Then no conversion has created it, which would have failed at this.
+        Err(Error::Target { source, .. }) if is_about_syncing(&source) => {}
+        synced => synced?,
+    }
+    for path in missing.into_iter().chain([staging]) {
+        match fs::create_dir(path) {
+            Ok(()) => created.push(path.to_owned()),
+            // Somebody else was faster, or the path goes through `..`.
+            Err(_) if path.is_dir() => {}
+            Err(error) => return Err(refused(path, "create")(error)),
+        }
+        sync_parent(path)?;
+    }
+    Ok(())
+}
+
+/// Makes the name of a directory survive a crash.
+fn sync_parent(path: &Path) -> Result<()> {
+    path.parent()
+        .map_or(Ok(()), |parent| sync_directory(or_current(parent)))
+}
+
+/// Whether a directory may not be opened to be synced, or is on a file system that knows no such thing.
+fn is_about_syncing(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::PermissionDenied
+            | io::ErrorKind::InvalidInput
+            | io::ErrorKind::Unsupported
+            | io::ErrorKind::ReadOnlyFilesystem
+    )
+}
+
 fn remove_directories(created: &[PathBuf]) {
     for path in created.iter().rev() {
         // Somebody else's files may be in it by now; then it stays.
@@ -565,11 +595,51 @@ fn warn(removed: io::Result<()>, path: &Path) {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, unix))]
 mod tests {
     use std::time::{Duration, Instant};
 
     use super::*;
+    use crate::target::SYNCED;
+
+    fn fingerprint() -> Fingerprint {
+        Fingerprint {
+            source: "s".to_owned(),
+            target: "t".to_owned(),
+        }
+    }
+
+    /// The directories below `root` that are synced until a conversion can write, in order and without the staging
+    /// directory itself.
+    fn synced(root: &Path, target: &Path) -> Result<Vec<PathBuf>> {
+        SYNCED.take();
+        let staging = Staging::open(target, &fingerprint(), Unfinished::Refuse)?;
+        let mut synced = SYNCED.take();
+        synced.retain(|path| path.starts_with(root) && path != staging.directory());
+        Ok(synced)
+    }
+
+    #[test]
+    fn whoever_creates_a_directory_syncs_its_name_before_going_on() {
+        let directory = tempfile::tempdir().unwrap();
+        let root = directory.path();
+        let above = [root.to_owned(), root.join("a"), root.join("a/b")];
+        let target = root.join("a/b/target");
+        assert_eq!(
+            synced(root, &target).unwrap(),
+            [&above[..], std::slice::from_ref(&target)].concat()
+        );
+        assert!(!root.join("a").exists());
+        // Killed after a directory was created, and before its name was synced.
+        fs::create_dir_all(&target).unwrap();
+        assert_eq!(synced(root, &target).unwrap(), [root.join("a/b"), target]);
+        fs::remove_dir(root.join("a/b/target")).unwrap();
+        let target = root.join("a/b/target");
+        assert_eq!(
+            synced(root, &target).unwrap(),
+            [root.join("a"), root.join("a/b"), target]
+        );
+    }
 
     #[test]
     fn what_is_replaced_goes_indexes_first() {

@@ -432,6 +432,8 @@ pub(crate) fn file_size_limit_bytes() -> Option<u64> {
 pub(crate) fn sync_directory(directory: &Path) -> Result<()> {
     use rustix::fs::OFlags;
     use std::os::unix::fs::OpenOptionsExt;
+    #[cfg(test)]
+    SYNCED.with_borrow_mut(|synced| synced.push(directory.to_owned()));
     // What is no directory any more is an error; a pipe would block whoever opens it.
     fs::OpenOptions::new()
         .read(true)
@@ -439,6 +441,12 @@ pub(crate) fn sync_directory(directory: &Path) -> Result<()> {
         .open(directory)
         .and_then(|directory| directory.sync_all())
         .map_err(refused(directory, "sync"))
+}
+
+#[cfg(all(test, unix))]
+thread_local! {
+    /// What this thread has synced, for tests: nothing but a crash shows it otherwise.
+    pub(crate) static SYNCED: std::cell::RefCell<Vec<PathBuf>> = const { std::cell::RefCell::new(Vec::new()) };
 }
 
 /// Elsewhere a directory cannot be opened as a file.
