@@ -11,19 +11,19 @@ use std::num::NonZero;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Barrier, mpsc};
+use std::sync::{Arc, Barrier, Mutex, mpsc};
 use std::thread;
 
 use common::{FORMATS, Record, Tensors, tensors};
 use tensora_convert::{
-    ConversionPlan, ConversionReport, ConvertOptions, Error, Overwrite, Reading, Result,
+    ConversionPlan, ConversionReport, ConvertOptions, Error, OutputKind, Overwrite, Reading, Result,
     Unfinished, Verify,
 };
 use tensora_formats::{CheckpointIndex, Dtype, Format, UNFINISHED_NAME};
 use tensora_io::testing::{Fault, FaultBackend, Faults};
 use tensora_io::{
     Backend, BackendKind, CancelToken, Control, DirectPolicy, ReadRequest, ReadStats,
-    ResidentPolicy, TransferParams, backend,
+    ResidentPolicy, SourceFile, TransferParams, backend,
 };
 
 type Snapshot = BTreeMap<PathBuf, Vec<u8>>;
@@ -304,16 +304,20 @@ fn a_panic_of_the_callback_is_like_any_other_error() {
     }
 }
 
-fn faulty(faults: Faults) -> Reading {
-    let transfer = TransferParams {
+fn transfer() -> TransferParams {
+    TransferParams {
         chunk_bytes: 64 << 10,
         queue_depth: 1,
         workers: 2,
         direct: DirectPolicy::Never,
         resident: ResidentPolicy::Reread,
-    };
+    }
+}
+
+fn faulty(faults: Faults) -> Reading {
     let inner: Arc<dyn Backend> = Arc::from(backend(BackendKind::Sync).unwrap());
-    Reading::new(Arc::new(FaultBackend::new(inner, faults)), 2, transfer)
+    let faulty = FaultBackend::new(inner, faults);
+    Reading::new(Arc::new(faulty), 2, transfer())
 }
 
 #[test]
@@ -607,6 +611,134 @@ fn errors_that_a_read_survives_change_nothing() {
             .reading(faulty(faults));
         stage.run(&options, &Control::new()).unwrap();
         stage.check_done();
+    }
+}
+
+/// Reads one of the files that are being converted to with a bit flipped in its middle, as from a device that does
+/// not give back what was written.
+#[derive(Debug)]
+struct Flipping {
+    inner: Box<dyn Backend>,
+    directory: tempfile::TempDir,
+    /// The file, and what is read in its place.
+    flipped: Mutex<Option<(PathBuf, Arc<SourceFile>)>>,
+}
+
+impl Flipping {
+    fn reading() -> Reading {
+        let flipping = Self {
+            inner: backend(BackendKind::Sync).unwrap(),
+            directory: tempfile::tempdir().unwrap(),
+            flipped: Mutex::default(),
+        };
+        Reading::new(Arc::new(flipping), 2, transfer())
+    }
+
+    fn flip(&self, path: &Path) -> (PathBuf, Arc<SourceFile>) {
+        let mut bytes = fs::read(path).unwrap();
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 1;
+        let copy = self.directory.path().join("flipped");
+        fs::write(&copy, bytes).unwrap();
+        (path.to_owned(), Arc::new(SourceFile::open(copy).unwrap()))
+    }
+}
+
+impl Backend for Flipping {
+    fn kind(&self) -> BackendKind {
+        self.inner.kind()
+    }
+
+    fn read(
+        &self,
+        requests: Vec<ReadRequest<'_>>,
+        params: &TransferParams,
+        control: &Control,
+    ) -> tensora_io::Result<ReadStats> {
+        let is_staged = |path: &Path| path.to_string_lossy().contains(".tensora-convert");
+        let mut flipped = self.flipped.lock().unwrap();
+        let mut paths = requests.iter().map(|request| request.file.path());
+        if flipped.is_none()
+            && let Some(path) = paths.find(|path| is_staged(path))
+        {
+            *flipped = Some(self.flip(path));
+        }
+        let flipped_now = flipped.clone();
+        drop(flipped);
+        let requests = requests.into_iter().map(|request| match &flipped_now {
+            Some((path, file)) if request.file.path() == path => ReadRequest {
+                file,
+                offset: request.offset,
+                destination: request.destination,
+            },
+            _ => request,
+        });
+        self.inner.read(requests.collect(), params, control)
+    }
+}
+
+#[test]
+fn what_is_not_read_back_as_it_was_written_is_not_put_in_place() {
+    for format in FORMATS {
+        for holds_old in [false, true] {
+            let stage = Stage::new(format, holds_old);
+            let options = stage.options().reading(Flipping::reading());
+            let verified = options.clone().verify(Verify::ReadBack);
+            let error = stage.run(&verified, &Control::new()).unwrap_err();
+            let Error::NotAsRead { path, differences } = &error else {
+                panic!("{format}: {error}");
+            };
+            assert_eq!(*path, stage.target);
+            let [difference] = &differences[..] else {
+                panic!("{differences:?}");
+            };
+            assert!(
+                difference.contains("layers.") && difference.contains("its bytes differ"),
+                "{difference}"
+            );
+            assert!(error.to_string().contains("storage"), "{error}");
+            assert_eq!(stage.check_stopped(), 0, "nothing of it is worth keeping");
+            if holds_old {
+                let old = common::read(&stage.target);
+                assert!(old.tensors == tensors(&records(100)));
+            }
+            // Who does not ask is not told.
+            stage.run(&options, &Control::new()).unwrap();
+            stage.check_done();
+        }
+    }
+}
+
+#[test]
+fn cancelled_while_it_is_read_back_it_keeps_every_file() {
+    for format in FORMATS {
+        for holds_old in [false, true] {
+            let stage = Stage::new(format, holds_old);
+            let options = stage.options().verify(Verify::ReadBack);
+            let index = CheckpointIndex::open(&stage.source).unwrap();
+            let plan = options.plan(&index, &stage.target).unwrap();
+            let (token, seen) = (CancelToken::new(), AtomicU64::new(0));
+            let (cancel, data_bytes) = (token.clone(), plan.data_bytes());
+            let control = Control::new()
+                .with_cancel(token)
+                .with_progress(move |bytes| {
+                    if seen.fetch_add(bytes, Ordering::SeqCst) + bytes > data_bytes {
+                        cancel.cancel();
+                    }
+                });
+            let error = plan.run(&control).unwrap_err();
+            assert!(error.is_cancelled(), "{error}");
+            let files = plan.files();
+            let data = files.iter().filter(|file| file.kind == OutputKind::Data);
+            let kept = stage.check_stopped();
+            assert_eq!(kept, data.count(), "{format}");
+            let resumed = options.unfinished(Unfinished::Resume);
+            let report = stage.run(&resumed, &Control::new()).unwrap();
+            assert_eq!(report.resumed_files, kept);
+            let digest = report.content_digest.unwrap().to_string();
+            assert_eq!(digest, common::digest(&stage.expected));
+            stage.check_done();
+        }
     }
 }
 
