@@ -5,11 +5,18 @@ use tensora_io::{MemoryFacts, MemorySource};
 use crate::{ConvertOptions, Error, Result};
 
 /// Larger windows do not read or write faster on the devices that were measured.
-const MAX_WINDOW_BYTES: u64 = 16 << 20;
+pub(crate) const MAX_WINDOW_BYTES: u64 = 16 << 20;
 /// Two are read, one is hashed, some are written, and each side may run ahead.
 const MAX_BUFFERS: u64 = 12;
 /// Fewer, and reading and writing would take turns.
 const GOOD_BUFFERS: u64 = 8;
+/// As many where storage is read again for every window: the fewer windows, the less often. One is read, one is
+/// hashed, two are written.
+const FEW_BUFFERS: u64 = 4;
+/// All of a strided tensor's storage is held if it takes this part of the memory at most.
+const HELD_SHARE: u64 = 2;
+/// Otherwise blocks of it take this part.
+const BLOCK_SHARE: u64 = 4;
 /// Direct I/O wants windows that begin on blocks, and memory comes in pages.
 const ALIGNMENT_BYTES: u64 = 4 << 10;
 /// Large windows are made of huge pages.
@@ -70,18 +77,25 @@ impl Buffers {
 
     /// As many and as large as the limit allows and the files can use.
     fn within(limit_bytes: u64, file_bytes: &[u64], hull_bytes: u64) -> Self {
-        // All of a transposed tensor that fits is read once; of a larger one, a part at a time.
-        let gather_bytes = hull_bytes.min(limit_bytes / 4);
+        // A transposed tensor whose storage fits is read once. A larger one is read again for each of its windows:
+        // at most 6 times for each time that it is larger than the limit, and once more where it does not begin
+        // with a window.
+        let fits = hull_bytes <= limit_bytes / HELD_SHARE;
+        let gather_bytes = match fits {
+            true => hull_bytes,
+            false => limit_bytes / BLOCK_SHARE,
+        };
         let limit_bytes = limit_bytes - gather_bytes;
-        let allowed = (limit_bytes / GOOD_BUFFERS).min(MAX_WINDOW_BYTES);
-        let unit = match allowed >= HUGE_PAGE_BYTES {
+        let allowed = match fits {
+            true => (limit_bytes / GOOD_BUFFERS).min(MAX_WINDOW_BYTES),
+            false => limit_bytes / FEW_BUFFERS,
+        };
+        let unit = match fits && allowed >= HUGE_PAGE_BYTES {
             true => HUGE_PAGE_BYTES,
             false => ALIGNMENT_BYTES,
         };
         let largest = file_bytes.iter().copied().max().unwrap_or(0);
-        let useful = largest
-            .min(MAX_WINDOW_BYTES)
-            .next_multiple_of(ALIGNMENT_BYTES);
+        let useful = largest.min(allowed).next_multiple_of(ALIGNMENT_BYTES);
         let window_bytes = (allowed - allowed % unit).min(useful).max(ALIGNMENT_BYTES);
         let windows = file_bytes.iter().fold(0, |sum: u64, file| {
             sum.saturating_add(file.div_ceil(window_bytes))
@@ -95,6 +109,11 @@ impl Buffers {
             window_bytes,
             gather_bytes,
         }
+    }
+
+    /// The limit with which all of a storage of so many bytes is held.
+    pub(crate) fn limit_for(hull_bytes: u64) -> u64 {
+        hull_bytes.saturating_mul(HELD_SHARE)
     }
 
     /// What they take together.
@@ -151,6 +170,12 @@ mod tests {
             let largest = files.iter().copied().max().unwrap_or(0);
             prop_assert!(buffers.window_bytes < largest.max(1) + ALIGNMENT_BYTES);
             prop_assert!(buffers.gather_bytes <= hull);
+            if available.is_none() {
+                // What fits is held as a whole, and what does not comes in few windows.
+                let fits = Buffers::limit_for(hull) <= limit;
+                prop_assert_eq!(buffers.gather_bytes == hull, fits);
+                prop_assert!(fits || 6 * buffers.window_bytes >= limit || buffers.window_bytes >= largest);
+            }
             prop_assert!((hull == 0) == (buffers.gather_bytes == 0));
             let windows: u64 = files.iter().map(|file| file.div_ceil(buffers.window_bytes)).sum();
             prop_assert!(buffers.count >= 1 && u64::from(buffers.count) <= windows.max(1));

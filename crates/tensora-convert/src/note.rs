@@ -37,6 +37,16 @@ pub enum ConversionNote {
         /// Their names, sorted.
         files: Vec<String>,
     },
+    /// Transposed tensors do not fit into the memory that there is for putting them in order, and are read
+    /// several times.
+    ReadRepeatedly {
+        /// The tensors, sorted by name.
+        tensors: Vec<String>,
+        /// How often the one that is read most often is read, at most.
+        times: u64,
+        /// The memory limit with which each is read once, in bytes.
+        limit_bytes: u64,
+    },
     /// There was nothing to resume, so everything is written.
     NothingToResume,
     /// A file of an interrupted conversion was not what its journal says, and is written again.
@@ -89,6 +99,15 @@ impl fmt::Display for ConversionNote {
                 f,
                 "files beside the checkpoint are not copied unless asked for: {}",
                 FirstOf(files)
+            ),
+            Self::ReadRepeatedly {
+                tensors,
+                times,
+                limit_bytes,
+            } => write!(
+                f,
+                "transposed tensors are read up to {times} times, because they do not fit into the memory that puts them in order; with a memory limit of {limit_bytes} bytes, each is read once: {}",
+                FirstOf(tensors)
             ),
             Self::NothingToResume => f.write_str("there was nothing to resume; all was written"),
             Self::WrittenAgain { file } => write!(

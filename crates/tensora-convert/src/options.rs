@@ -254,7 +254,8 @@ impl ConvertOptions {
     /// - [`Error::NotADirectory`], [`Error::TargetIsSource`], [`Error::TargetOccupied`],
     ///   [`Error::OtherCheckpoint`], [`Error::NotReplaceable`], [`Error::Interrupted`],
     ///   [`Error::NotEnoughSpace`] and [`Error::Target`] for a directory that it cannot be written to;
-    /// - [`Error::NotEnoughMemory`] for a machine that leaves no memory for buffers.
+    /// - [`Error::NotEnoughMemory`] for a machine that leaves no memory for buffers, and
+    ///   [`Error::TooManyWindows`] for a checkpoint that is too large for the memory allowed.
     pub fn plan(
         &self,
         source: &CheckpointIndex,

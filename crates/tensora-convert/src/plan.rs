@@ -4,7 +4,9 @@ use std::sync::Arc;
 use tensora_formats::{CheckpointIndex, Format, PlannedIndex};
 use tensora_io::Control;
 
-use crate::assemble::{Assembly, Record, plan_buffers};
+use crate::assemble::{
+    Assembly, Record, RecordContent, plan_buffers, plan_reading, read_repeatedly,
+};
 use crate::buffers::Buffers;
 use crate::companions::{Companion, companions};
 use crate::identity;
@@ -32,6 +34,10 @@ pub struct ConversionPlan {
     pub(crate) overwrite: Overwrite,
     pub(crate) unfinished: Unfinished,
     pub(crate) buffers: Buffers,
+    pub(crate) memory_limit_bytes: u64,
+    /// The tensors that have to be read once more to be digested, by their positions in the source's index:
+    /// strided ones that the target stores as they are. Empty where nobody wants digests.
+    pub(crate) read_for_digests: Vec<usize>,
     pub(crate) reading: Reading,
     /// The length of the file of checksums; 0 where there is none.
     checksums_bytes: u64,
@@ -108,6 +114,16 @@ impl ConversionPlan {
 
         let assemblies: Vec<&Assembly> = outputs.files.iter().map(|file| &file.assembly).collect();
         let buffers = plan_buffers(options.memory_limit_bytes, &assemblies)?;
+        notes.extend(read_repeatedly(&assemblies, buffers));
+        let read_for_digests = match (options.checksums, options.verify) {
+            (Checksums::Omit, Verify::Skip) => Vec::new(),
+            _ => not_in_order(source, options.target, &outputs.files),
+        };
+        notes.extend(plan_reading(
+            source,
+            &read_for_digests,
+            options.memory_limit_bytes,
+        )?);
         source.files().iter().try_for_each(identity::check_path)?;
         let fingerprint =
             identity::fingerprint(source, options.target, &outputs.files, &outputs.indexes);
@@ -128,6 +144,8 @@ impl ConversionPlan {
             overwrite: options.overwrite,
             unfinished: options.unfinished,
             buffers,
+            memory_limit_bytes: options.memory_limit_bytes,
+            read_for_digests,
             reading: options.reading.clone(),
             checksums_bytes,
             free_bytes,
@@ -292,6 +310,30 @@ impl ConversionPlan {
             _ => Ok(()),
         }
     }
+}
+
+/// The tensors whose elements the target does not store in row-major order.
+fn not_in_order(source: &CheckpointIndex, target: Format, outputs: &[Output]) -> Vec<usize> {
+    outputs
+        .iter()
+        .flat_map(|output| output.assembly.records.iter().zip(&output.tensors))
+        .filter(|(record, _)| record.bytes() > 0)
+        .flat_map(|(record, tensors)| tensors.iter().map(move |&tensor| (record, tensor)))
+        .filter(|(record, tensor)| !stored_in_order(source, target, *tensor, record))
+        .map(|(_, tensor)| tensor)
+        .collect()
+}
+
+/// Whether a record of the target holds this tensor's elements in row-major order.
+pub(crate) fn stored_in_order(
+    source: &CheckpointIndex,
+    target: Format,
+    tensor: usize,
+    record: &Record,
+) -> bool {
+    matches!(record.content, RecordContent::Gathered(_))
+        || source.tensors()[tensor].is_contiguous()
+        || target == Format::Safetensors
 }
 
 /// How large the file of checksums becomes: all digests are equally long.

@@ -14,7 +14,8 @@ pub struct ConversionReport {
     pub data_bytes: u64,
     /// The files of the target together, with index and padding, in bytes.
     pub target_bytes: u64,
-    /// The buffers that the data went through, together, in bytes; within the memory limit.
+    /// The buffers that what was written went through, together, in bytes; within the memory limit, as are
+    /// those that it is checked with afterwards.
     pub buffer_bytes: u64,
     /// How many files an interrupted conversion had finished, and were kept.
     pub resumed_files: usize,

@@ -20,12 +20,13 @@ use crate::companions::Companion;
 use crate::identity;
 use crate::journal::Finished;
 use crate::outputs::Output;
+use crate::plan::stored_in_order;
 use crate::staging::Staging;
 use crate::target::{check_occupancy, file_size_limit_bytes, free_bytes, refused};
 use crate::verify::{TensorHashers, differences};
 use crate::{
-    Checksums, ContentDigests, ConversionNote, ConversionPlan, ConversionReport, ConvertOptions,
-    Digest, Error, Overwrite, Reading, Result, SIDECAR_NAME, Verify, VerifyOptions, sidecar,
+    Checksums, ContentDigests, ConversionNote, ConversionPlan, ConversionReport, Digest, Error,
+    Overwrite, Reading, Result, SIDECAR_NAME, Verify, VerifyOptions, sidecar,
 };
 
 /// How much of a companion is in memory at once.
@@ -265,7 +266,7 @@ impl Job<'_> {
         for (number, record) in output.assembly.records_in(&window.range) {
             let bytes = window.bytes_of(record);
             for &tensor in &output.tensors[number] {
-                if stored_in_order(self.plan, tensor, record) {
+                if stored_in_order(&self.plan.source, self.plan.kind.format, tensor, record) {
                     hashers.update(tensor, record.overlap(&window.range).start, bytes);
                 }
             }
@@ -373,17 +374,9 @@ impl Job<'_> {
         let Some(mut hashers) = self.hashers.take() else {
             return Ok(None);
         };
-        let mut strided: Vec<usize> = Vec::new();
-        for output in &self.plan.outputs {
-            for (record, tensors) in output.assembly.records.iter().zip(&output.tensors) {
-                let is_strided = |tensor: &usize| {
-                    record.bytes() > 0 && !stored_in_order(self.plan, *tensor, record)
-                };
-                strided.extend(tensors.iter().copied().filter(is_strided));
-            }
-        }
+        let strided = &self.plan.read_for_digests;
         let quiet = Control::new().with_cancel(self.control.token().clone());
-        hashers.read(&self.verify_options(), &strided, &quiet)?;
+        hashers.read(&self.verify_options(), strided, &quiet)?;
         hashers.finish().map(Some)
     }
 
@@ -439,10 +432,8 @@ impl Job<'_> {
 }
 
 fn verify_options(plan: &ConversionPlan, reading: Reading) -> VerifyOptions {
-    // Little data has small buffers, and no limit is lower than the least.
-    let limit_bytes = plan.buffers.total_bytes();
     VerifyOptions::new()
-        .memory_limit_bytes(limit_bytes.max(ConvertOptions::MIN_MEMORY_LIMIT_BYTES))
+        .memory_limit_bytes(plan.memory_limit_bytes)
         .reading(reading)
 }
 
@@ -524,13 +515,6 @@ fn read_back(
         verify_options(plan, plan.reading.past_the_page_cache()).digests(&found, control)?;
     let differences = differences(expected, &found);
     Ok(differences.iter().map(ToString::to_string).collect())
-}
-
-/// Whether a record holds this tensor's elements in row-major order.
-fn stored_in_order(plan: &ConversionPlan, tensor: usize, record: &Record) -> bool {
-    matches!(record.content, RecordContent::Gathered(_))
-        || plan.source.tensors()[tensor].is_contiguous()
-        || plan.kind.format == tensora_formats::Format::Safetensors
 }
 
 fn record_bytes(assembly: &Assembly, range: std::ops::Range<u64>) -> u64 {

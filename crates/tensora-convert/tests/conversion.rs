@@ -3,6 +3,8 @@
 // Outside test functions the lint asks for more, but a test helper fails its test just so.
 #![allow(clippy::unwrap_used)]
 
+mod common;
+
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::num::NonZero;
@@ -12,8 +14,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use proptest::prelude::*;
 use tensora_convert::{
-    ConversionNote, ConvertOptions, Digest, Error, Overwrite, StoredTensor, Unfinished,
-    content_digest,
+    Checksums, ConversionNote, ConvertOptions, Digest, Error, Overwrite, StoredTensor, Unfinished,
+    Verify, content_digest,
 };
 use tensora_formats::{CheckpointIndex, Dtype, Format};
 use tensora_io::{CancelToken, Control, SourceFile};
@@ -367,6 +369,36 @@ fn metadata_is_not_lost_in_silence() {
     assert!(report.notes.contains(&expected), "{:?}", report.notes);
 }
 
+#[test]
+fn more_windows_than_can_be_listed_are_refused_before_anything_is_written() {
+    let directory = tempfile::tempdir().unwrap();
+    let source = directory.path().join("source");
+    // One byte, and a terabyte of it.
+    let expanded = common::Record::strided("expanded", Dtype::U8, &[1 << 40], &[0], 0, 1);
+    common::write(&source, &[expanded], Format::ServerlessLlmStore, 1);
+    let source = CheckpointIndex::open(&source).unwrap();
+    let target = directory.path().join("target");
+    let options = |format| {
+        ConvertOptions::new(format).memory_limit_bytes(ConvertOptions::MIN_MEMORY_LIMIT_BYTES)
+    };
+    let store = options(Format::ServerlessLlmStore);
+    for options in [
+        options(Format::Safetensors),
+        store.clone().verify(Verify::ReadBack),
+        store.clone().checksums(Checksums::Write),
+    ] {
+        let error = refused(&options, &source, &target);
+        assert!(
+            matches!(error, Error::TooManyWindows { bytes, .. } if bytes >= 1 << 40),
+            "{error}"
+        );
+    }
+    assert!(!target.exists());
+    // Copied as it is stored, it takes a byte.
+    let plan = store.plan(&source, &target).unwrap();
+    plan.run(&Control::new()).unwrap();
+}
+
 /// Plans into `target`, which must be refused, and must stay as it is.
 fn refused(options: &ConvertOptions, source: &CheckpointIndex, target: &Path) -> Error {
     let before = target.is_dir().then(|| names(target));
@@ -489,6 +521,50 @@ fn the_source_is_recognised_through_symbolic_links() {
     }
 }
 
+/// Runs a test of this program once more, as a user without special rights.
+#[cfg(unix)]
+fn as_another_user(test: &str) {
+    use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::process::CommandExt;
+    use std::process::Command;
+    const IS_ANOTHER: &str = "TENSORA_TEST_IS_ANOTHER_USER";
+
+    if std::env::var_os(IS_ANOTHER).is_some() {
+        return common::skip(&format!("{test}: any user may write to any directory"));
+    }
+    let room = tempfile::tempdir().unwrap();
+    fs::set_permissions(room.path(), fs::Permissions::from_mode(0o777)).unwrap();
+    let user = 20_000 + std::process::id() % 40_000;
+    let run = |program: &Path, arguments: &[&str]| {
+        Command::new(program)
+            .args(arguments)
+            .env(IS_ANOTHER, "")
+            .env("TMPDIR", room.path())
+            .uid(user)
+            .gid(user)
+            .output()
+    };
+    let program = std::env::current_exe().unwrap();
+    for can_run in [
+        run(Path::new("test"), &["-w", room.path().to_str().unwrap()]),
+        run(&program, &["--list"]),
+    ] {
+        let problem = match can_run {
+            Ok(output) if output.status.success() => continue,
+            Ok(output) => output.status.to_string(),
+            Err(error) => error.to_string(),
+        };
+        return common::skip(&format!("{test}: not to be run as another user: {problem}"));
+    }
+    let output = run(&program, &["--exact", test, "--nocapture"]).unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(
+        output.status.success() && text.contains("1 passed"),
+        "{text}\n{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+}
+
 #[cfg(unix)]
 #[test]
 fn a_directory_without_permission_is_refused_before_anything_is_read() {
@@ -499,8 +575,10 @@ fn a_directory_without_permission_is_refused_before_anything_is_read() {
     fs::create_dir(&locked).unwrap();
     fs::set_permissions(&locked, fs::Permissions::from_mode(0o555)).unwrap();
     if fs::write(locked.join("probe"), "").is_ok() {
-        println!("skipped: this user may write to any directory");
-        return;
+        // Permissions do not bind root.
+        return as_another_user(
+            "a_directory_without_permission_is_refused_before_anything_is_read",
+        );
     }
     let error = refused(
         &ConvertOptions::new(Format::ServerlessLlmStore),
@@ -523,8 +601,7 @@ fn a_checkpoint_larger_than_the_free_space_is_refused() {
     fs::write(&path, &start).unwrap();
     let file = fs::OpenOptions::new().write(true).open(&path).unwrap();
     if let Err(error) = file.set_len(start.len() as u64 + bytes) {
-        println!("skipped: no sparse file of 12 TiB here: {error}");
-        return;
+        return common::skip(&format!("no sparse file of 12 TiB here: {error}"));
     }
     let source = CheckpointIndex::open(&path).unwrap();
     let target = directory.path().join("target");
@@ -537,7 +614,9 @@ fn a_checkpoint_larger_than_the_free_space_is_refused() {
         Ok(plan) => {
             let free_bytes = plan.free_bytes();
             assert!(free_bytes.is_none_or(|free| free > bytes), "{free_bytes:?}");
-            println!("skipped: {free_bytes:?} bytes are free here");
+            common::skip(&format!(
+                "too little space: {free_bytes:?} bytes are free here"
+            ));
         }
         Err(error) => panic!("{error}"),
     }
