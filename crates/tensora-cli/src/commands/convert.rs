@@ -82,6 +82,8 @@ pub(crate) fn convert(arguments: &ConvertArgs, console: &Console) -> Result<()> 
     let stream = checkpoint.stream_plan()?;
     let options = options(arguments).reading(reading(&stream)?);
     let plan = options.plan(checkpoint.index(), &arguments.target)?;
+    // The plan has the index; the descriptors, up to two for each file, are needed for the conversion.
+    drop(checkpoint);
     let mut conversion = Conversion::new(&plan, &stream);
     conversion.explain = console.explain;
     if arguments.run.dry_run {

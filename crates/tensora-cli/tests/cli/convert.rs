@@ -497,6 +497,75 @@ fn buffers_are_as_large_as_data_and_machine_allow() {
     assert!((400_000..1 << 20).contains(&small), "{small}");
 }
 
+/// Not what the command says of its buffers, but what the kernel says of the process.
+#[cfg(target_os = "linux")]
+#[test]
+fn memory_does_not_grow_with_the_checkpoint() {
+    let directory = tempfile::tempdir().unwrap();
+    let source = directory.path().join("model.safetensors");
+    let target = directory.path().join("out");
+    for format in ["serverlessllm-store", "safetensors"] {
+        let peaks = [64 << 20, 512 << 20].map(|bytes| {
+            sparse(&source, bytes);
+            let options = ["--memory-limit=8MiB", "--json", "--checksums", "--verify"];
+            let report = run(convert(&source, &target, format, &options)).json();
+            assert_eq!(report["data_bytes"], bytes);
+            fs::remove_dir_all(&target).unwrap();
+            report["peak_resident_bytes"].as_u64().unwrap()
+        });
+        let [small, large] = peaks;
+        assert!(small > 4 << 20 && large < 64 << 20, "{peaks:?}");
+        assert!(large < small + (8 << 20), "{peaks:?}");
+    }
+}
+
+/// A checkpoint has hundreds of shards, and a process 1,024 descriptors.
+#[cfg(target_os = "linux")]
+#[test]
+fn each_file_is_open_once_while_it_is_converted() {
+    const SHARDS: u64 = 60;
+    // Each shard twice, for buffered and for direct reads; a few files at a time to verify them; and others.
+    const LIMIT: u64 = 2 * SHARDS + 2 * 16 + 24;
+
+    let directory = tempfile::tempdir().unwrap();
+    let source = directory.path().join("source");
+    fs::create_dir(&source).unwrap();
+    let mut weight_map = serde_json::Map::new();
+    for shard in 0..SHARDS {
+        let name = format!("model-{shard:02}.safetensors");
+        let tensor = format!("layers.{shard}.weight");
+        let header =
+            format!(r#"{{"{tensor}":{{"dtype":"U8","shape":[10000],"data_offsets":[0,10000]}}}}"#);
+        let mut contents = (header.len() as u64).to_le_bytes().to_vec();
+        contents.extend(header.as_bytes());
+        contents.resize(contents.len() + 10_000, 1);
+        fs::write(source.join(&name), contents).unwrap();
+        weight_map.insert(tensor, name.into());
+    }
+    let index =
+        serde_json::json!({"metadata": {"total_size": 10_000 * SHARDS}, "weight_map": weight_map});
+    fs::write(
+        source.join("model.safetensors.index.json"),
+        index.to_string(),
+    )
+    .unwrap();
+    let output = std::process::Command::new("sh")
+        .arg("-c")
+        .arg(format!("ulimit -n {LIMIT}; exec \"$0\" \"$@\""))
+        .arg(env!("CARGO_BIN_EXE_tensora"))
+        .args(convert(
+            &source,
+            &directory.path().join("out"),
+            "safetensors",
+            &["--verify", "--checksums", "--shards=60", "--json"],
+        ))
+        .output()
+        .unwrap();
+    let report = crate::support::Answer::from(output).json();
+    assert_eq!(report["verified"], true);
+    assert_eq!(report["files"].as_array().unwrap().len(), 62);
+}
+
 /// What the command can do is said, not what a library could.
 #[test]
 fn a_dtype_without_a_name_in_the_target_has_to_stay_where_it_is() {

@@ -113,7 +113,7 @@ pub(crate) fn skip(what: &str, why: &str) {
             .append(true)
             .open(path)
             .unwrap();
-        writeln!(log, "{what}: {why}").unwrap();
+        writeln!(log, "SKIP: {what}: {why}").unwrap();
     }
 }
 
