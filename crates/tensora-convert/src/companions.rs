@@ -4,8 +4,8 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use crate::target::is_of_weights;
-use crate::{Companions, Error, Result};
+use crate::target::{is_of_weights, nearest_existing};
+use crate::{Checksums, Companions, ConversionNote, Error, Result, SIDECAR_NAME};
 
 /// A file to be copied as it is.
 #[derive(Clone, Debug)]
@@ -71,6 +71,41 @@ fn companion(path: &Path) -> Result<Option<Companion>> {
 fn failed(path: &Path) -> impl FnOnce(io::Error) -> Error {
     let path = path.to_owned();
     move |source| Error::Companion { path, source }
+}
+
+/// What else is in `root` that a user may miss beside the target, because it is never a companion.
+pub(crate) fn left_behind(
+    root: &Path,
+    target: &Path,
+    checksums: Checksums,
+) -> Result<Vec<ConversionNote>> {
+    // The target may be beside the source, or is going to be.
+    let target = fs::canonicalize(nearest_existing(target)?).ok();
+    let holds_target = |path: &Path| match (&target, fs::canonicalize(path)) {
+        (Some(target), Ok(path)) => target.starts_with(path),
+        _ => false,
+    };
+    let mut directories = Vec::new();
+    // What cannot be listed cannot be named, and is in nobody's way.
+    for entry in fs::read_dir(root).into_iter().flatten().flatten() {
+        let path = entry.path();
+        let Some(name) = path.file_name().and_then(|name| name.to_str()) else {
+            continue;
+        };
+        // Those of ranks are the checkpoint.
+        if !name.starts_with('.') && !is_of_weights(name) && path.is_dir() && !holds_target(&path) {
+            directories.push(name.to_owned());
+        }
+    }
+    directories.sort();
+    let mut notes = Vec::new();
+    if !directories.is_empty() {
+        notes.push(ConversionNote::DirectoriesLeft { directories });
+    }
+    if checksums == Checksums::Omit && root.join(SIDECAR_NAME).is_file() {
+        notes.push(ConversionNote::ChecksumsLeft);
+    }
+    Ok(notes)
 }
 
 #[cfg(all(test, unix))]

@@ -2,12 +2,17 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
 
-use tensora_formats::Format;
+use tensora_formats::{Format, Note};
+
+use crate::SIDECAR_NAME;
 
 /// Something about a conversion that is worth telling a user and is no error.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum ConversionNote {
+    /// What opening the source had to say: values of `__metadata__` that were dropped, files that were left
+    /// alone, tensors that are damaged. What becomes of strides and shared bytes has notes of its own.
+    Source(Note),
     /// The target format has no place for the source's `__metadata__`.
     MetadataDropped {
         /// The target format.
@@ -37,6 +42,13 @@ pub enum ConversionNote {
         /// Their names, sorted.
         files: Vec<String>,
     },
+    /// Directories beside the checkpoint are not copied, not even with [`Companions::Copy`](crate::Companions::Copy).
+    DirectoriesLeft {
+        /// Their names, sorted.
+        directories: Vec<String>,
+    },
+    /// The source has a file of checksums, which is not copied, and none is written.
+    ChecksumsLeft,
     /// Transposed tensors do not fit into the memory that there is for putting them in order, and are read
     /// several times.
     ReadRepeatedly {
@@ -73,6 +85,7 @@ pub enum ConversionNote {
 impl fmt::Display for ConversionNote {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::Source(note) => write!(f, "source: {note}"),
             Self::MetadataDropped { target, metadata } => {
                 write!(f, "__metadata__ dropped, {target} has no place for it:")?;
                 for (number, (key, value)) in metadata.iter().enumerate() {
@@ -99,6 +112,15 @@ impl fmt::Display for ConversionNote {
                 f,
                 "files beside the checkpoint are not copied unless asked for: {}",
                 FirstOf(files)
+            ),
+            Self::DirectoriesLeft { directories } => write!(
+                f,
+                "directories beside the checkpoint are not copied: {}",
+                FirstOf(directories)
+            ),
+            Self::ChecksumsLeft => write!(
+                f,
+                "{SIDECAR_NAME} beside the source is not copied; the target has one only with --checksums"
             ),
             Self::ReadRepeatedly {
                 tensors,

@@ -1,18 +1,18 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use tensora_formats::{CheckpointIndex, Format, PlannedIndex};
+use tensora_formats::{CheckpointIndex, Format, Note, PlannedIndex};
 use tensora_io::Control;
 
 use crate::assemble::{
     Assembly, Record, RecordContent, plan_buffers, plan_reading, read_repeatedly,
 };
 use crate::buffers::Buffers;
-use crate::companions::{Companion, companions};
+use crate::companions::{Companion, companions, left_behind};
 use crate::identity;
 use crate::journal::Fingerprint;
 use crate::outputs::{Output, outputs};
-use crate::target::{Kind, check_directory, or_current};
+use crate::target::{Kind, check_directory, check_occupancy, or_current};
 use crate::{
     Checksums, Companions, ContentDigests, ConversionNote, ConversionReport, ConvertOptions,
     Digest, Error, Kept, Overwrite, Reading, Result, SIDECAR_NAME, TensorDigest, Unfinished,
@@ -88,7 +88,8 @@ impl ConversionPlan {
     ) -> Result<Self> {
         options.check()?;
         let outputs = outputs(source, options)?;
-        let mut notes = outputs.notes;
+        let mut notes = notes_of(source);
+        notes.extend(outputs.notes);
         let beside = companions(source.root(), options.companions)?;
         let companions = match options.companions {
             Companions::Copy => beside,
@@ -111,6 +112,8 @@ impl ConversionPlan {
         if options.unfinished == Unfinished::Resume && !staging::is_there(&target)? {
             notes.push(ConversionNote::NothingToResume);
         }
+
+        notes.extend(left_behind(source.root(), &target, options.checksums)?);
 
         let assemblies: Vec<&Assembly> = outputs.files.iter().map(|file| &file.assembly).collect();
         let buffers = plan_buffers(options.memory_limit_bytes, &assemblies)?;
@@ -294,6 +297,25 @@ impl ConversionPlan {
         staging::kept(&self.target)
     }
 
+    /// The files in the target that are gone once the conversion is complete, replaced or removed, and the
+    /// directories of ranks that there are no more, each relative to the target, looked up now. There are none
+    /// unless [`Overwrite::Replace`] was said, or an interrupted conversion has begun to put its files in place:
+    /// then these are among them.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::OtherCheckpoint`], [`Error::NotReplaceable`], [`Error::TargetIsSource`] and [`Error::Target`] for
+    /// what has come to be in the target since the plan was made.
+    pub fn replaced_files(&self) -> Result<Vec<String>> {
+        if !self.target.is_dir() {
+            return Ok(Vec::new());
+        }
+        let replaced = check_occupancy(&self.target, &self.source, &self.kind, Overwrite::Replace)?;
+        let mut names = replaced.files;
+        names.extend(replaced.directories);
+        Ok(names)
+    }
+
     fn check_space(&self) -> Result<()> {
         // What is finished takes its space already.
         let kept_bytes = match self.unfinished {
@@ -310,6 +332,17 @@ impl ConversionPlan {
             _ => Ok(()),
         }
     }
+}
+
+/// What the source's index has to say that a conversion does not say itself.
+fn notes_of(source: &CheckpointIndex) -> Vec<ConversionNote> {
+    source
+        .notes()
+        .iter()
+        .filter(|note| !matches!(note, Note::NotContiguous { .. } | Note::SharedBytes { .. }))
+        .cloned()
+        .map(ConversionNote::Source)
+        .collect()
 }
 
 /// The tensors whose elements the target does not store in row-major order.

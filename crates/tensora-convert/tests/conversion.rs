@@ -14,10 +14,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use proptest::prelude::*;
 use tensora_convert::{
-    Checksums, ConversionNote, ConvertOptions, Digest, Error, Overwrite, StoredTensor, Unfinished,
-    Verify, content_digest,
+    Checksums, Companions, ConversionNote, ConvertOptions, Digest, Error, Overwrite, SIDECAR_NAME,
+    StoredTensor, Unfinished, Verify, content_digest,
 };
-use tensora_formats::{CheckpointIndex, Dtype, Format};
+use tensora_formats::{CheckpointIndex, DamagedTensors, Dtype, Format, Note, OpenOptions};
 use tensora_io::{CancelToken, Control, SourceFile};
 
 const DIALECTS: [Format; 2] = [Format::ServerlessLlmStore, Format::ServerlessLlmPartitioned];
@@ -367,6 +367,202 @@ fn metadata_is_not_lost_in_silence() {
     );
     let report = plan.run(&Control::new()).unwrap();
     assert!(report.notes.contains(&expected), "{:?}", report.notes);
+}
+
+/// The notes of a conversion to SafeTensors that come from the source's index.
+fn source_notes(source: &CheckpointIndex, target: &Path) -> Vec<Note> {
+    let plan = ConvertOptions::new(Format::Safetensors)
+        .plan(source, target)
+        .unwrap();
+    let report = plan.run(&Control::new()).unwrap();
+    let of_source = |notes: &[ConversionNote]| {
+        let of_source = notes.iter().filter_map(|note| match note {
+            ConversionNote::Source(note) => Some(note.clone()),
+            _ => None,
+        });
+        of_source.collect::<Vec<_>>()
+    };
+    let notes = of_source(plan.notes());
+    assert_eq!(of_source(&report.notes), notes);
+    notes
+}
+
+#[test]
+fn what_the_source_lacks_or_leaves_out_is_told_again() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = |name: &str| directory.path().join(name);
+
+    // Two shards that contradict each other, and a file that is no part of them.
+    let source = path("sharded");
+    write_source(&source, &tensors(), 2);
+    let format = |value: &str| Some(HashMap::from([("format".to_owned(), value.to_owned())]));
+    write_shard(
+        &source.join("model-0.safetensors"),
+        &tensors()[..4],
+        format("pt"),
+    );
+    write_shard(
+        &source.join("model-1.safetensors"),
+        &tensors()[4..],
+        format("np"),
+    );
+    let whole = source.join("consolidated.safetensors");
+    write_shard(&whole, &tensors(), None);
+    let index = CheckpointIndex::open(&source).unwrap();
+    let notes = source_notes(&index, &path("sharded-target"));
+    let [
+        Note::MetadataConflict { kept, dropped, .. },
+        Note::FilesLeftAlone { files },
+    ] = &notes[..]
+    else {
+        panic!("{notes:?}");
+    };
+    assert_eq!(files, &["consolidated.safetensors"]);
+    assert_eq!((&**kept, &**dropped), ("pt", "np"));
+    let shown = ConversionNote::Source(notes[0].clone()).to_string();
+    for part in ["source", "__metadata__", "\"format\"", "dropped \"np\""] {
+        assert!(shown.contains(part), "{part}: {shown}");
+    }
+
+    // Tensors that the index does not list.
+    let listed = fs::read(source.join("model.safetensors.index.json")).unwrap();
+    let mut listed: serde_json::Value = serde_json::from_slice(&listed).unwrap();
+    listed["weight_map"].as_object_mut().unwrap().remove("mask");
+    fs::write(
+        source.join("model.safetensors.index.json"),
+        listed.to_string(),
+    )
+    .unwrap();
+    let index = OpenOptions::new()
+        .unlisted_tensors(tensora_formats::UnlistedTensors::Ignore)
+        .open(&source)
+        .unwrap();
+    let notes = source_notes(&index, &path("ignoring-target"));
+    let ignored =
+        |note: &Note| matches!(note, Note::TensorsIgnored { tensors } if tensors == &["mask"]);
+    assert!(notes.iter().any(ignored), "{notes:?}");
+
+    // A partition that goes on behind its last tensor, and one that ends before it.
+    let source = path("store");
+    let store = ConvertOptions::new(Format::ServerlessLlmStore);
+    let plain = write_source(&path("plain"), &tensors(), 1);
+    store
+        .plan(&plain, &source)
+        .unwrap()
+        .run(&Control::new())
+        .unwrap();
+    let partition = fs::File::options()
+        .write(true)
+        .open(source.join("tensor.data_0"))
+        .unwrap();
+    let bytes = partition.metadata().unwrap().len();
+    partition.set_len(bytes + 4096).unwrap();
+    let index = CheckpointIndex::open(&source).unwrap();
+    let notes = source_notes(&index, &path("tail-target"));
+    assert!(matches!(&notes[..], [Note::UnusedTail { .. }]), "{notes:?}");
+    partition.set_len(bytes - 8).unwrap();
+    let index = OpenOptions::new()
+        .damaged_tensors(DamagedTensors::LeaveOut)
+        .open(&source)
+        .unwrap();
+    let notes = source_notes(&index, &path("damaged-target"));
+    assert!(matches!(&notes[..], [Note::Damaged { .. }]), "{notes:?}");
+}
+
+/// What becomes of strides and shared bytes is told by the conversion; that they are there is not told as well.
+#[test]
+fn what_the_conversion_tells_itself_is_not_told_twice() {
+    let directory = tempfile::tempdir().unwrap();
+    let source = directory.path().join("source");
+    let records = [
+        common::Record::strided("transposed", Dtype::F16, &[6, 8], &[1, 6], 0, 1),
+        common::Record::plain("head", Dtype::F16, &[6, 8], 2).tied("embed"),
+    ];
+    common::write(&source, &records, Format::ServerlessLlmStore, 1);
+    let source = CheckpointIndex::open(&source).unwrap();
+    assert_eq!(source.notes().len(), 2, "{:?}", source.notes());
+    let plan = |format| {
+        ConvertOptions::new(format)
+            .shared_tensors(tensora_convert::SharedTensors::Duplicate)
+            .plan(&source, directory.path().join("target"))
+            .unwrap()
+    };
+    let notes = plan(Format::Safetensors).notes().to_owned();
+    assert!(
+        matches!(
+            &notes[..],
+            [
+                ConversionNote::Duplicated { .. },
+                ConversionNote::StridesDropped { .. }
+            ]
+        ),
+        "{notes:?}"
+    );
+    // Nothing is lost there.
+    assert_eq!(plan(Format::ServerlessLlmPartitioned).notes(), []);
+}
+
+#[test]
+fn what_is_never_copied_is_named() {
+    let directory = tempfile::tempdir().unwrap();
+    let source = directory.path().join("source");
+    write_source(&source, &tensors()[1..3], 1);
+    for name in ["1_Pooling", "onnx", ".cache", "rank_0"] {
+        fs::create_dir(source.join(name)).unwrap();
+    }
+    fs::write(source.join("1_Pooling/config.json"), "{}").unwrap();
+    fs::write(source.join("config.json"), "{}").unwrap();
+    fs::write(source.join(SIDECAR_NAME), "of the source").unwrap();
+    // It is no more left behind than the target of another run is.
+    let target = source.join("converted/deep");
+    fs::create_dir_all(&target).unwrap();
+    let source = CheckpointIndex::open(source.join("model.safetensors")).unwrap();
+    let options = ConvertOptions::new(Format::ServerlessLlmStore);
+    let directories = ConversionNote::DirectoriesLeft {
+        directories: vec!["1_Pooling".to_owned(), "onnx".to_owned()],
+    };
+    for companions in [Companions::Leave, Companions::Copy] {
+        let options = options.clone().companions(companions);
+        let plan = options.plan(&source, &target).unwrap();
+        for note in [&directories, &ConversionNote::ChecksumsLeft] {
+            assert!(plan.notes().contains(note), "{:?}", plan.notes());
+        }
+        // The target has checksums of its own then.
+        let plan = options.checksums(Checksums::Write).plan(&source, &target);
+        let notes = plan.unwrap().notes().to_owned();
+        assert!(notes.contains(&directories), "{notes:?}");
+        assert!(!notes.contains(&ConversionNote::ChecksumsLeft), "{notes:?}");
+    }
+}
+
+#[test]
+fn a_plan_names_the_files_that_it_replaces() {
+    let directory = tempfile::tempdir().unwrap();
+    let source = write_source(&directory.path().join("source"), &tensors(), 1);
+    let target = directory.path().join("target");
+    let options = ConvertOptions::new(Format::ServerlessLlmStore)
+        .partition_bytes(NonZero::new(64).unwrap())
+        .checksums(Checksums::Write);
+    let first = options.plan(&source, &target).unwrap();
+    assert_eq!(first.replaced_files().unwrap(), [""; 0]);
+    first.run(&Control::new()).unwrap();
+    fs::write(target.join("config.json"), "{}").unwrap();
+    let mut old = names(&target);
+    old.retain(|name| name != "config.json");
+    assert!(old.len() > 4, "{old:?}");
+
+    let plan = ConvertOptions::new(Format::ServerlessLlmStore)
+        .overwrite(Overwrite::Replace)
+        .plan(&source, &target)
+        .unwrap();
+    let replaced = plan.replaced_files().unwrap();
+    assert_eq!(replaced, old);
+    plan.run(&Control::new()).unwrap();
+    // One of the old names has new content, and the others are gone.
+    assert_eq!(
+        names(&target),
+        ["config.json", "tensor.data_0", "tensor_index.json"]
+    );
 }
 
 #[test]

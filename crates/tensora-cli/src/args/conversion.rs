@@ -107,7 +107,8 @@ pub(crate) struct TargetArgs {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Conversion")]
 pub(crate) struct RunArgs {
-    /// Plan and check everything, show the files that would be written, and write nothing
+    /// Plan and check everything, show the files that would be written and those that would be replaced, and write
+    /// nothing
     #[arg(long)]
     pub(crate) dry_run: bool,
 

@@ -33,6 +33,9 @@ struct Conversion<'a> {
     /// What the file system had free beforehand.
     free_bytes: Option<u64>,
     files: Vec<OutputLine>,
+    /// What is in the target now and would be gone, relative to it; of a dry run.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    replaced_files: Option<Vec<String>>,
     notes: Vec<String>,
     #[serde(flatten)]
     done: Option<Done>,
@@ -87,6 +90,7 @@ pub(crate) fn convert(arguments: &ConvertArgs, console: &Console) -> Result<()> 
     let mut conversion = Conversion::new(&plan, &stream);
     conversion.explain = console.explain;
     if arguments.run.dry_run {
+        conversion.replaced_files = Some(plan.replaced_files()?);
         return emit(&conversion, console);
     }
     let cancel = CancelToken::new();
@@ -176,6 +180,7 @@ impl<'a> Conversion<'a> {
             padding_bytes: plan.padding_bytes(),
             free_bytes: plan.free_bytes(),
             files: plan.files().into_iter().map(OutputLine::new).collect(),
+            replaced_files: None,
             notes: plan.notes().iter().map(ToString::to_string).collect(),
             done: None,
             reading,
@@ -300,6 +305,8 @@ impl Report for Conversion<'_> {
                 if let Some(bytes) = self.free_bytes {
                     facts.add("free", size_exactly(bytes));
                 }
+                let replaced = self.replaced_files.iter().flatten();
+                facts.add_each("replaces", replaced.map(|file| printable(file)));
                 facts.add("dry run", "nothing was written");
             }
         }

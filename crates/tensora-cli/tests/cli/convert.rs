@@ -149,6 +149,92 @@ model.safetensors.index.json                  519 B     519
     assert_eq!(table, expected, "{table}");
 }
 
+/// What a dry run with `--force` would replace is listed file by file.
+#[test]
+fn a_dry_run_names_what_would_be_gone() {
+    let source = sharded();
+    let directory = tempfile::tempdir().unwrap();
+    let target = directory.path().join("out");
+    let format = "serverlessllm-store";
+    let first = ["--partition-bytes=40KiB", "--checksums"];
+    run(convert(source.path(), &target, format, &first)).text();
+    fs::write(target.join("config.json"), "{}").unwrap();
+    let mut old = names(&target);
+    old.retain(|name| name != "config.json");
+    let again = ["--force", "--dry-run"];
+    let text = run(convert(source.path(), &target, format, &again)).text();
+    let (facts, _) = text.split_once("\n\n").unwrap();
+    let mut listed = facts
+        .lines()
+        .skip_while(|line| !line.starts_with("replaces "));
+    for name in &old {
+        let line = listed.next().unwrap();
+        assert!(line.ends_with(&format!(" {name}")), "{name}: {facts}");
+    }
+    assert!(listed.next().unwrap().starts_with("dry run "), "{facts}");
+    let again = ["--force", "--dry-run", "--json"];
+    let dry = run(convert(source.path(), &target, format, &again)).json();
+    assert_eq!(dry["replaced_files"], serde_json::json!(old));
+    // There is nothing in a new directory.
+    let new = directory.path().join("new");
+    let dry = run(convert(source.path(), &new, format, &again)).json();
+    assert_eq!(dry["replaced_files"], serde_json::json!([]));
+}
+
+/// What `inspect` says of a source that is not quite right, a conversion says, too.
+#[test]
+fn the_notes_of_the_source_are_shown() {
+    let source = sharded();
+    // The last shard again, with another value for a key.
+    let shard = source.path().join("model-00003-of-00003.safetensors");
+    let text = fs::read(&shard).unwrap();
+    let place = text.windows(4).position(|word| word == b"\"pt\"").unwrap();
+    let mut changed = text;
+    changed[place..place + 4].copy_from_slice(b"\"np\"");
+    fs::write(&shard, changed).unwrap();
+    let (_directory, other) = single();
+    fs::copy(other, source.path().join("consolidated.safetensors")).unwrap();
+    fs::create_dir(source.path().join("1_Pooling")).unwrap();
+    fs::write(source.path().join("tensora.blake3"), "").unwrap();
+    let inspection = run(args!["inspect", source.path(), "--json"]).json();
+    let expected: Vec<&str> = inspection["notes"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|note| note.as_str().unwrap())
+        .collect();
+    assert_eq!(expected.len(), 2, "{expected:?}");
+    let directory = tempfile::tempdir().unwrap();
+    let target = directory.path().join("out");
+    for options in [&["--json", "--dry-run"][..], &["--json"]] {
+        let report = run(convert(source.path(), &target, "safetensors", options)).json();
+        let notes: Vec<&str> = report["notes"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|note| note.as_str().unwrap())
+            .collect();
+        for part in expected
+            .iter()
+            .copied()
+            .chain(["1_Pooling", "tensora.blake3"])
+        {
+            let found = notes.iter().filter(|note| note.contains(part)).count();
+            assert_eq!(found, 1, "{part}: {notes:?}");
+        }
+    }
+    let options = ["--force", "--dry-run"];
+    let text = run(convert(source.path(), &target, "safetensors", &options)).text();
+    for part in [
+        "consolidated.safetensors",
+        "np",
+        "1_Pooling",
+        "tensora.blake3",
+    ] {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+}
+
 #[test]
 fn every_format_becomes_every_other() {
     let source = sharded();
