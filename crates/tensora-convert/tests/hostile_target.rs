@@ -262,14 +262,11 @@ fn a_tensor_of_a_size_made_of_nothing_is_refused() {
     let source = CheckpointIndex::open(&source).unwrap();
     let target = directory.path().join("target");
     let options = ConvertOptions::new(Format::ServerlessLlmStore);
-    let checked = options
-        .clone()
-        .checksums(tensora_convert::Checksums::Write)
-        .plan(&source, &target)
-        .unwrap()
-        .run(&Control::new());
-    let error = checked.unwrap_err();
+    // When it is planned, before anything is written.
+    let checked = options.checksums(tensora_convert::Checksums::Write);
+    let error = checked.plan(&source, &target).unwrap_err();
     assert!(matches!(error, Error::TooManyWindows { .. }), "{error}");
+    assert!(!target.exists());
     let error = tensora_convert::VerifyOptions::new()
         .digests(&source, &Control::new())
         .unwrap_err();
