@@ -114,14 +114,14 @@ impl SourceFile {
         &self.file
     }
 
-    /// Whether a process serves its file system. That process is asked once.
+    /// Whether a process serves its file system, or may do so as far as the system says. That process is asked once.
     #[cfg(all(feature = "io-uring", target_os = "linux", not(tensora_portable)))]
     pub(crate) fn is_on_fuse(&self) -> bool {
         /// What `statfs` says of every such file system.
         const FUSE_SUPER_MAGIC: rustix::fs::FsWord = 0x6573_5546;
 
         *self.on_fuse.get_or_init(|| {
-            rustix::fs::fstatfs(&self.file).is_ok_and(|facts| facts.f_type == FUSE_SUPER_MAGIC)
+            rustix::fs::fstatfs(&self.file).map_or(true, |facts| facts.f_type == FUSE_SUPER_MAGIC)
         })
     }
 

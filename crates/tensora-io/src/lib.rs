@@ -43,7 +43,11 @@ mod platform;
 #[cfg(any(
     feature = "sync",
     feature = "async",
-    all(feature = "io-uring", target_os = "linux", not(tensora_portable))
+    all(
+        any(feature = "io-uring", feature = "mmap"),
+        target_os = "linux",
+        not(tensora_portable)
+    )
 ))]
 #[allow(unsafe_code)]
 mod positioned;
@@ -54,6 +58,9 @@ mod profile_store;
 mod residency;
 #[cfg(feature = "shared")]
 mod shared;
+#[cfg(test)]
+#[path = "../tests/skip_support/mod.rs"]
+mod skip_support;
 mod storage;
 mod stream;
 #[cfg(feature = "sync")]

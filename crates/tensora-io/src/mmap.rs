@@ -7,7 +7,7 @@ use crate::mapping::{map_file, populate};
 use crate::transfer::{Next, Operation, Transfer};
 use crate::{
     Backend, BackendKind, Control, DirectPolicy, Error, ReadRequest, ReadStats, Result, SourceFile,
-    TransferParams, probe,
+    TransferParams, positioned, probe,
 };
 
 /// Memory mapping: populates the page cache through a mapping, in parallel, and copies out of it.
@@ -175,8 +175,13 @@ fn copy_rest(file: &SourceFile, map: &MmapRaw, operation: &Operation) -> io::Res
         Ok(copied) => Ok(copied.min(there)),
         Err(error) if error.raw_os_error() != Some(libc::EFAULT) => Err(error),
         Err(_) if there < len => Ok(0),
-        // The page is there by the file's length, but could not be brought in.
-        Err(_) => Err(io::Error::from_raw_os_error(libc::EIO)),
+        // The page is there by the file's length, but could not be brought in. The fault does not say why, not even
+        // whether it was for the moment; a read of the page does, or brings it in after all.
+        Err(_) => {
+            let len = len.min(rustix::param::page_size());
+            // SAFETY: `memory` is this operation's alone, as above, and has at least `len` bytes.
+            unsafe { positioned::read_at(file.file(), memory, len, begin as u64) }
+        }
     }
 }
 

@@ -1,5 +1,5 @@
-//! Operations as positioned reads on the calling thread: what the sync and async backends share, and
-//! what rings do with files that they had better not read.
+//! Operations as positioned reads on the calling thread: what the sync and async backends share, what rings do
+//! with files that they had better not read, and what tells why a mapped page could not be had.
 
 use std::fs::File;
 use std::io;
@@ -32,7 +32,12 @@ pub(crate) fn read(transfer: &Transfer<'_>, mut operation: Operation) {
 ///
 /// `len` bytes from `memory` are writable and nobody else's during the call.
 #[cfg(all(target_os = "linux", not(tensora_portable)))]
-unsafe fn read_at(file: &File, memory: *mut u8, len: usize, offset: u64) -> io::Result<usize> {
+pub(crate) unsafe fn read_at(
+    file: &File,
+    memory: *mut u8,
+    len: usize,
+    offset: u64,
+) -> io::Result<usize> {
     use std::os::fd::AsRawFd;
 
     let offset = i64::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput)?;
@@ -48,7 +53,12 @@ unsafe fn read_at(file: &File, memory: *mut u8, len: usize, offset: u64) -> io::
 ///
 /// As above, and the bytes are of one allocation.
 #[cfg(not(all(target_os = "linux", not(tensora_portable))))]
-unsafe fn read_at(file: &File, memory: *mut u8, len: usize, offset: u64) -> io::Result<usize> {
+pub(crate) unsafe fn read_at(
+    file: &File,
+    memory: *mut u8,
+    len: usize,
+    offset: u64,
+) -> io::Result<usize> {
     // The standard library reads into initialised memory only.
     // SAFETY: the caller allows writing `len` bytes to `memory`.
     unsafe { memory.write_bytes(0, len) };

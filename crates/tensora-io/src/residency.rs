@@ -279,6 +279,7 @@ mod sys {
         use proptest::prelude::*;
 
         use super::*;
+        use crate::skip_support::skip;
 
         proptest! {
             #[test]
@@ -313,15 +314,6 @@ mod sys {
             assert_eq!(bytes_of_pages(3..17, 8, |_| Some(99)), Some(14));
             assert_eq!(bytes_of_pages(3..17, 8, |_| None), None);
             assert_eq!(bytes_of_pages(u64::MAX - 1..u64::MAX, 8, |_| Some(1)), None);
-        }
-
-        /// Says that a check cannot be made here, and counts it where a log is asked for.
-        fn skip(what: &str) {
-            eprintln!("SKIP: {what}");
-            if let Some(log) = std::env::var_os("TENSORA_SKIP_LOG") {
-                let mut log = File::options().create(true).append(true).open(log).unwrap();
-                writeln!(log, "{what}").unwrap();
-            }
         }
 
         /// A file of a few pages and a part of one, of which some pages are resident.

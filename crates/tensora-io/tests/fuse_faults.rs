@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use fuse_support::{Caching, Mounted, Plan, mount};
-use machine_support::{Denied, deny, in_child, on_a_thread, while_interrupted};
+use machine_support::{Denied, deny, in_child, on_a_thread, while_interrupted, with_denied};
 use tensora_io::testing::skip;
 use tensora_io::{
     Backend, BackendKind, CancelToken, Control, DirectPolicy, Error, ReadRequest, ReadStats,
@@ -41,7 +41,7 @@ impl Way {
     /// Whether the kernel itself asks for more, into its page cache, and nobody waits for that.
     fn reads_ahead(self) -> bool {
         let is_direct = self.direct != DirectPolicy::Never && self.kind != BackendKind::Mmap;
-        self.caching != Caching::Uncached && !is_direct
+        self.caching.is_cached() && !is_direct
     }
 }
 
@@ -55,9 +55,9 @@ fn for_each_way(what: &str, lens: &[usize], check: impl Fn(Way, &dyn Backend, &M
                 continue;
             }
         };
-        for caching in [Caching::Cached, Caching::Uncached, Caching::Overlaid] {
+        for caching in Caching::ALL {
             // Such files cannot be mapped.
-            if kind == BackendKind::Mmap && caching == Caching::Uncached {
+            if kind == BackendKind::Mmap && !caching.is_cached() {
                 continue;
             }
             for direct in [DirectPolicy::Never, DirectPolicy::Preferred] {
@@ -193,7 +193,7 @@ fn a_device_error_is_named_with_its_place() {
 #[test]
 fn short_reads_of_any_length_are_continued() {
     for_each_way("short reads", &[400_001], |way, backend, mounted| {
-        if way.caching != Caching::Uncached {
+        if way.caching.is_cached() {
             return;
         }
         let file = mounted.open(0);
@@ -218,6 +218,34 @@ fn short_reads_of_any_length_are_continued() {
     });
 }
 
+/// Interruptions, and refusals for the moment, end no load: what is asked again is answered.
+#[test]
+fn what_fails_for_the_moment_is_read_again() {
+    /// More than the kernel keeps to itself, whose read-ahead fails without a word.
+    const REFUSALS: u64 = 64;
+
+    for_each_way(
+        "failures of the moment",
+        &[400_001],
+        |way, backend, mounted| {
+            for errno in [libc::EINTR, libc::EAGAIN] {
+                mounted.answer(Plan::default());
+                // The kernel drops what it has of a file that is opened.
+                let file = mounted.open(0);
+                file.direct_support();
+                mounted.answer(Plan {
+                    transient: Some((REFUSALS, u64::from(errno.unsigned_abs()))),
+                    ..Plan::default()
+                });
+                let (memory, outcome) = read(way, backend, &file, &Control::new());
+                let stats = outcome.unwrap_or_else(|error| panic!("{way:?}, {errno}: {error}"));
+                assert!(memory.as_slice() == mounted.content(0), "{way:?}, {errno}");
+                assert!(stats.retries > 0, "{way:?}, {errno}: {stats:?}");
+            }
+        },
+    );
+}
+
 /// Where reading on is not possible directly, that is said, and not that the file ends.
 #[test]
 fn direct_reads_that_end_inside_a_block_are_no_end_of_the_file() {
@@ -225,7 +253,7 @@ fn direct_reads_that_end_inside_a_block_are_no_end_of_the_file() {
         "direct reads that end inside a block",
         &[100_000],
         |way, backend, mounted| {
-            if way.direct == DirectPolicy::Never || way.caching != Caching::Uncached {
+            if way.direct == DirectPolicy::Never || way.caching.is_cached() {
                 return;
             }
             let file = mounted.open(0);
@@ -476,6 +504,32 @@ const RING: Way = Way {
     caching: Caching::Overlaid,
 };
 
+/// A filter can keep a process from being told what file system it reads: then it may be this one.
+#[test]
+fn rings_keep_off_files_of_which_nobody_says_where_they_are() {
+    let what = "file systems without a name";
+    let (Some(backend), Some(mounted)) = (ring(what), mount(what, Caching::Uncached, &[400_001]))
+    else {
+        return;
+    };
+    mounted.answer(Plan {
+        short: Some((512, 1)),
+        ..Plan::default()
+    });
+    let way = Way {
+        direct: DirectPolicy::Never,
+        caching: Caching::Uncached,
+        ..RING
+    };
+    with_denied(what, &[Denied::new(libc::SYS_fstatfs, libc::EPERM)], || {
+        let file = mounted.open(0);
+        let (memory, outcome) = read(way, backend.as_ref(), &file, &Control::new());
+        let stats = outcome.unwrap();
+        assert!(memory.as_slice() == mounted.content(0));
+        assert!(stats.short_reads > 0, "{stats:?}");
+    });
+}
+
 /// The backend was made when rings were still allowed.
 #[test]
 fn a_refused_ring_is_an_error_with_reason_and_remedy() {
@@ -575,7 +629,8 @@ fn a_ring_that_refuses_entries_waits_for_what_it_has() {
     }
 }
 
-/// More completions than anybody looks at, all at once, from the deepest queue there is.
+/// As many completions as there can be, which nobody looks at for a while. (More than a ring has room for cannot arrive:
+/// see the tests beside the backend, where a ring is made too small.)
 #[test]
 fn completions_that_pile_up_are_all_taken() {
     let what = "completions that pile up";

@@ -45,15 +45,40 @@ pub(crate) enum Caching {
     /// As [`Cached`](Self::Cached), seen through an overlay: rings, which keep off files that are plainly on FUSE,
     /// read these in the background.
     Overlaid,
+    /// As [`Uncached`](Self::Uncached), seen through an overlay: short answers reach rings.
+    OverlaidUncached,
 }
 
 impl Caching {
+    pub(crate) const ALL: [Self; 4] = [
+        Self::Cached,
+        Self::Uncached,
+        Self::Overlaid,
+        Self::OverlaidUncached,
+    ];
+
+    pub(crate) fn is_cached(self) -> bool {
+        matches!(self, Self::Cached | Self::Overlaid)
+    }
+
+    fn is_overlaid(self) -> bool {
+        matches!(self, Self::Overlaid | Self::OverlaidUncached)
+    }
+
     fn name(self) -> &'static str {
         match self {
             Self::Cached => "cached",
             Self::Uncached => "uncached",
             Self::Overlaid => "overlaid",
+            Self::OverlaidUncached => "overlaid-uncached",
         }
+    }
+
+    fn of_name(name: &str) -> Self {
+        Self::ALL
+            .into_iter()
+            .find(|caching| caching.name() == name)
+            .unwrap()
     }
 }
 
@@ -73,6 +98,8 @@ pub(crate) struct Plan {
     pub(crate) prompt: Option<u64>,
     /// Once the first byte is asked for, or so many reads have been, the first file has this length.
     pub(crate) shrink: Option<(u64, u64, u64)>,
+    /// The first so many fail with this error number, whichever they are.
+    pub(crate) transient: Option<(u64, u64)>,
 }
 
 impl Plan {
@@ -84,6 +111,7 @@ impl Plan {
             pair(self.short),
             pair(self.prompt.map(|offset| (offset, 0))),
             self.shrink,
+            pair(self.transient),
         ]
         .map(|field| field.map_or("- - -".to_owned(), |(a, b, c)| format!("{a} {b} {c}")))
         .join(" ")
@@ -104,6 +132,7 @@ impl Plan {
             jitter_us,
             prompt: triple(3).map(|(offset, ..)| offset),
             shrink: triple(4),
+            transient: triple(5).map(|(count, errno, _)| (count, errno)),
         }
     }
 }
@@ -149,9 +178,9 @@ pub(crate) fn mount(what: &str, caching: Caching, lens: &[usize]) -> Option<Moun
     let mut mounted = Mounted {
         server,
         control: Mutex::new(Some(BufReader::new(stream))),
-        files: directory.path().join(match caching {
-            Caching::Cached | Caching::Uncached => "served",
-            Caching::Overlaid => "overlaid",
+        files: directory.path().join(match caching.is_overlaid() {
+            false => "served",
+            true => "overlaid",
         }),
         _directory: directory,
         contents: lens
@@ -254,6 +283,7 @@ fn serve() {
         .collect::<Vec<_>>()
         .try_into()
         .unwrap();
+    let caching = Caching::of_name(caching);
     let files = lens
         .split_whitespace()
         .enumerate()
@@ -267,7 +297,7 @@ fn serve() {
         .collect();
     let state = Arc::new(State {
         files,
-        is_cached: caching != Caching::Uncached.name(),
+        is_cached: caching.is_cached(),
         plan: Mutex::default(),
         asked: AtomicU64::new(0),
         open: AtomicU64::new(0),
@@ -281,7 +311,7 @@ fn serve() {
     let overlaid = directory.join("overlaid");
     let mounted = match &session {
         Err(error) => error.to_string().replace('\n', " "),
-        Ok(_) if caching == Caching::Overlaid.name() => match overlay(directory, &overlaid) {
+        Ok(_) if caching.is_overlaid() => match overlay(directory, &overlaid) {
             Ok(()) => "yes".to_owned(),
             Err(errno) => format!("an overlay: {errno}"),
         },
@@ -435,9 +465,15 @@ impl Filesystem for Served {
         {
             state.files[0].len.store(len, Ordering::SeqCst);
         }
-        let fails = plan
+        let device_error = plan
             .error
-            .filter(|(of, byte, _)| *of == file as u64 && asked.contains(byte));
+            .filter(|(of, byte, _)| *of == file as u64 && asked.contains(byte))
+            .map(|(.., errno)| errno);
+        let transient = plan
+            .transient
+            .filter(|(count, _)| number < *count)
+            .map(|(_, errno)| errno);
+        let fails = device_error.or(transient);
         let mut bytes = u64::from(size);
         if let Some((least, multiple)) = plan.short {
             let shorter = (mix(offset ^ (number << 32)) % bytes.max(1)).max(least);
@@ -456,7 +492,7 @@ impl Filesystem for Served {
             // Before the answer: whoever has it must not find it open.
             state.open.fetch_sub(1, Ordering::SeqCst);
             match fails {
-                Some((.., errno)) => {
+                Some(errno) => {
                     reply.error(Errno::from_i32(i32::try_from(errno).unwrap()));
                 }
                 None => reply.data(&content[range]),
