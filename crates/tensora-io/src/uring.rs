@@ -135,6 +135,9 @@ struct Worker<'t, 'a> {
     /// Taken from the transfer, but kept back until a scratch buffer is free again.
     waiting: Option<Operation>,
     scratch_in_use: usize,
+    /// What the next waits are answered with, instead of the kernel's answer, from the last one on.
+    #[cfg(test)]
+    refusals: Vec<io::Error>,
 }
 
 impl<'t, 'a> Worker<'t, 'a> {
@@ -153,18 +156,20 @@ impl<'t, 'a> Worker<'t, 'a> {
             free: (0..slots).rev().collect(),
             waiting: None,
             scratch_in_use: 0,
+            #[cfg(test)]
+            refusals: Vec::new(),
         }
     }
 
     /// Takes operations and completes them until there are none left or the batch stops.
-    fn run(mut self) {
+    fn run(&mut self) {
         let mut busy_waits = 0;
         loop {
             self.fill();
             if self.in_flight() == 0 {
                 return;
             }
-            let waited = self.ring.submit_and_wait(1);
+            let waited = self.submit_and_wait();
             let taken = self.take_completions();
             if let Err(source) = waited
                 && taken == 0
@@ -189,6 +194,15 @@ impl<'t, 'a> Worker<'t, 'a> {
                 busy_waits = 0;
             }
         }
+    }
+
+    /// Submits what is queued, and waits until a completion has arrived.
+    fn submit_and_wait(&mut self) -> io::Result<usize> {
+        #[cfg(test)]
+        if let Some(refusal) = self.refusals.pop() {
+            return Err(refusal);
+        }
+        self.ring.submit_and_wait(1)
     }
 
     /// Queues operations until every slot is taken, or scratch is, or there are none left.
@@ -294,8 +308,9 @@ impl<'t, 'a> Worker<'t, 'a> {
     }
 }
 
-impl Drop for Worker<'_, '_> {
-    fn drop(&mut self) {
+impl Worker<'_, '_> {
+    /// Waits until the kernel has nothing to do with any slot, and takes no notice of what it has read.
+    fn wait_for_in_flight(&mut self) {
         // Reads that were queued but never submitted are unknown to the kernel and stay so: nothing
         // below submits.
         let unsubmitted = self.ring.submission().len();
@@ -319,10 +334,243 @@ impl Drop for Worker<'_, '_> {
     }
 }
 
+impl Drop for Worker<'_, '_> {
+    fn drop(&mut self) {
+        self.wait_for_in_flight();
+    }
+}
+
 /// Whether a failed wait can simply be repeated, once arrived completions have been taken.
 fn is_passing(error: &io::Error) -> bool {
     use rustix::io::Errno;
     [Errno::AGAIN, Errno::BUSY]
         .iter()
         .any(|errno| error.raw_os_error() == Some(errno.raw_os_error()))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use rustix::io::Errno;
+    use tempfile::TempDir;
+
+    use super::*;
+    use crate::skip_support::skip;
+    use crate::{DirectPolicy, ResidentPolicy};
+
+    /// Longer than anything takes here that does not hang.
+    const PATIENCE: Duration = Duration::from_secs(60);
+
+    /// Files whose bytes are known, in the page cache.
+    struct Samples {
+        directory: TempDir,
+        files: Vec<SourceFile>,
+        contents: Vec<Vec<u8>>,
+    }
+
+    impl Samples {
+        /// Nothing, which is counted, where there are no rings.
+        fn new(what: &str, lens: &[usize]) -> Option<Self> {
+            if let Err(error) = probe::try_ring() {
+                skip(&format!("{what}: {error}"));
+                return None;
+            }
+            let directory = tempfile::tempdir().unwrap();
+            let contents: Vec<Vec<u8>> = lens
+                .iter()
+                .enumerate()
+                .map(|(number, &len)| {
+                    let byte = |at: usize| (at * 31 + at / 251 + number) % 255 + 1;
+                    (0..len).map(|at| byte(at).to_le_bytes()[0]).collect()
+                })
+                .collect();
+            let files = contents
+                .iter()
+                .enumerate()
+                .map(|(number, content)| {
+                    let path = directory.path().join(number.to_string());
+                    std::fs::write(&path, content).unwrap();
+                    SourceFile::open(path).unwrap()
+                })
+                .collect();
+            Some(Self {
+                directory,
+                files,
+                contents,
+            })
+        }
+
+        fn set_len(&self, file: usize, len: usize) {
+            let path = self.directory.path().join(file.to_string());
+            let file = std::fs::File::options().write(true).open(path).unwrap();
+            file.set_len(len as u64).unwrap();
+        }
+
+        /// Has `work` read all files by operations of so many bytes. What it returns, and the statistics if the right
+        /// bytes arrived.
+        fn read<T>(
+            &self,
+            chunk_bytes: u64,
+            work: impl FnOnce(&Transfer<'_>) -> T,
+        ) -> (T, Result<ReadStats>) {
+            let mut memory: Vec<Vec<u8>> = self
+                .contents
+                .iter()
+                .map(|content| vec![0; content.len()])
+                .collect();
+            let requests = self
+                .files
+                .iter()
+                .zip(&mut memory)
+                .map(|(file, memory)| ReadRequest {
+                    file,
+                    offset: 0,
+                    destination: memory.as_mut_slice().into(),
+                })
+                .collect();
+            let params = TransferParams {
+                chunk_bytes,
+                queue_depth: 1,
+                workers: 1,
+                direct: DirectPolicy::Never,
+                resident: ResidentPolicy::Reread,
+            };
+            let control = Control::new();
+            let transfer = Transfer::new(requests, &params, &control).unwrap();
+            let done = work(&transfer);
+            let outcome = transfer.finish();
+            assert!(outcome.is_err() || memory == self.contents, "wrong bytes");
+            (done, outcome)
+        }
+    }
+
+    /// Fails, instead of waiting for ever, when `check` does not come to an end.
+    fn in_time(check: impl FnOnce() + Send + 'static) {
+        let (sender, receiver) = mpsc::channel();
+        let name = std::thread::current().name().unwrap_or("test").to_owned();
+        let thread = std::thread::Builder::new().name(name).spawn(move || {
+            check();
+            // Not sent by a panic.
+            sender.send(()).unwrap();
+        });
+        let thread = thread.unwrap();
+        match receiver.recv_timeout(PATIENCE) {
+            Err(mpsc::RecvTimeoutError::Timeout) => panic!("no end after {PATIENCE:?}"),
+            _ => thread
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
+        }
+    }
+
+    #[test]
+    fn what_is_missing_of_a_short_completion_is_read_from_where_it_ended() {
+        let lens = [70_001, 70_002, 70_003, 70_004, 70_005];
+        let Some(samples) = Samples::new("short completions", &lens) else {
+            return;
+        };
+        let ((), outcome) = samples.read(1 << 20, |transfer| {
+            let (ring, _) = make_ring(8).unwrap();
+            let mut worker = Worker::new(ring, transfer, &[false; 5], 8);
+            worker.fill();
+            assert_eq!(worker.in_flight(), 5);
+            // While the kernel reads, four of the files end early.
+            for (file, end) in [1, 4095, 4096, 70_003].into_iter().enumerate() {
+                samples.set_len(file, end);
+            }
+            worker.ring.submit_and_wait(5).unwrap();
+            for (file, content) in samples.contents.iter().enumerate() {
+                let path = samples.directory.path().join(file.to_string());
+                std::fs::write(path, content).unwrap();
+            }
+            assert_eq!(worker.take_completions(), 5);
+            assert_eq!(worker.in_flight(), 4, "those that were short");
+            worker.run();
+        });
+        let stats = outcome.unwrap();
+        assert_eq!((stats.short_reads, stats.operations), (4, 9), "{stats:?}");
+    }
+
+    #[test]
+    fn a_ring_that_is_busy_for_a_while_is_asked_again() {
+        let Some(samples) = Samples::new("a busy ring", &[300_001]) else {
+            return;
+        };
+        for errno in [Errno::BUSY, Errno::AGAIN, Errno::INTR] {
+            let (left, outcome) = samples.read(4096, |transfer| {
+                let (ring, _) = make_ring(4).unwrap();
+                let mut worker = Worker::new(ring, transfer, &[false], 4);
+                worker.refusals.extend((0..100).map(|_| errno.into()));
+                worker.run();
+                worker.refusals.len()
+            });
+            assert_eq!(left, 0);
+            outcome.unwrap_or_else(|error| panic!("{errno}: {error}"));
+        }
+    }
+
+    #[test]
+    fn a_ring_has_room_for_the_completions_of_all_its_slots() {
+        for queue_depth in [1, 2, 3, 31, 32, 33, 1000, TransferParams::MAX_QUEUE_DEPTH] {
+            if let Err(error) = probe::try_ring() {
+                return skip(&format!("room for completions: {error}"));
+            }
+            let (ring, slots) = make_ring(queue_depth).unwrap();
+            let params = ring.params();
+            assert!(params.sq_entries() >= slots && params.cq_entries() >= slots);
+        }
+    }
+
+    /// A worker with far more reads in flight than its ring has room for completions.
+    fn overflowing<'t, 'a>(transfer: &'t Transfer<'a>) -> Worker<'t, 'a> {
+        const ROOM: u32 = 4;
+
+        let ring = IoUring::builder().setup_cqsize(ROOM).build(ROOM).unwrap();
+        assert_eq!(ring.params().cq_entries(), ROOM);
+        let mut worker = Worker::new(ring, transfer, &[false], ROOM);
+        for _ in 0..16 {
+            worker.fill();
+            // Submits, and takes nothing.
+            worker.ring.submit().unwrap();
+            let slots = worker.slots.len();
+            let more = slots..slots + ROOM as usize;
+            worker.slots.extend(more.clone().map(|_| None));
+            worker.free.extend(more);
+        }
+        let submission = worker.ring.submission();
+        assert!(submission.cq_overflow(), "nothing has overflowed");
+        drop(submission);
+        assert_eq!(worker.in_flight(), 64);
+        worker
+    }
+
+    #[test]
+    fn completions_that_overflow_are_all_taken() {
+        in_time(|| {
+            // More operations than were in flight when it happened.
+            let Some(samples) = Samples::new("overflow", &[4096 * 100 + 5]) else {
+                return;
+            };
+            let ((), outcome) = samples.read(4096, |transfer| overflowing(transfer).run());
+            assert_eq!(outcome.unwrap().operations, 101);
+        });
+    }
+
+    #[test]
+    fn completions_that_overflow_are_waited_for() {
+        in_time(|| {
+            let Some(samples) = Samples::new("overflow", &[4096 * 200 + 5]) else {
+                return;
+            };
+            let ((), outcome) = samples.read(4096, |transfer| {
+                let mut worker = overflowing(transfer);
+                worker.wait_for_in_flight();
+                assert_eq!(worker.in_flight(), 0);
+                // And where a panic or an error ends it.
+                drop(overflowing(transfer));
+            });
+            // Nobody has taken notice of what was read.
+            assert!(matches!(outcome, Err(Error::Cancelled)), "{outcome:?}");
+        });
+    }
 }
