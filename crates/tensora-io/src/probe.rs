@@ -5,10 +5,15 @@ use crate::{Availability, BackendFact, BackendKind, Error, Platform};
 #[cfg(all(target_os = "linux", not(tensora_portable)))]
 mod cgroup;
 #[cfg(all(target_os = "linux", not(tensora_portable)))]
+#[allow(unsafe_code)]
+mod limits;
+#[cfg(all(target_os = "linux", not(tensora_portable)))]
 mod memory;
 #[cfg(all(target_os = "linux", not(tensora_portable)))]
 pub(crate) mod mounts;
 
+#[cfg(all(target_os = "linux", not(tensora_portable)))]
+pub(crate) use limits::soft_limit;
 #[cfg(all(target_os = "linux", not(tensora_portable)))]
 pub(crate) use linux::read_text;
 #[cfg(all(target_os = "linux", not(tensora_portable), feature = "mmap"))]
@@ -98,9 +103,9 @@ mod linux {
     use std::path::Path;
     use std::sync::OnceLock;
 
-    use rustix::process::{Resource, getrlimit};
+    use rustix::process::Resource;
 
-    use super::{memory, mounts};
+    use super::{memory, mounts, soft_limit};
     use crate::{HugePages, Platform};
 
     /// More than any file of the kernel that is read here has reason to hold.
@@ -114,8 +119,8 @@ mod linux {
         platform.huge_pages = read_text("/sys/kernel/mm/transparent_hugepage/enabled")
             .map_or(HugePages::Unknown, |text| parse_huge_pages(&text));
         refresh(platform);
-        platform.memlock_bytes = getrlimit(Resource::Memlock).current;
-        platform.open_files = getrlimit(Resource::Nofile).current;
+        platform.memlock_bytes = soft_limit(Resource::Memlock);
+        platform.open_files = soft_limit(Resource::Nofile);
     }
 
     pub(super) fn refresh(platform: &mut Platform) {
@@ -235,9 +240,9 @@ mod rings {
 
     use io_uring::{IoUring, Probe, opcode};
     use rustix::io::Errno;
-    use rustix::process::{Resource, getrlimit};
+    use rustix::process::Resource;
 
-    use super::{USE_ANOTHER, read_text};
+    use super::{USE_ANOTHER, read_text, soft_limit};
     use crate::{BackendKind, Error, Result};
 
     /// Makes a small ring, asks whether it can read, and enters it once: a filter may block any of the
@@ -256,8 +261,12 @@ mod rings {
         let mut probe = Probe::new();
         let asked = ring.submitter().register_probe(&mut probe);
         if asked.is_err() || !probe.is_supported(opcode::Read::CODE) {
+            let cause = asked.map_or_else(
+                |error| format!(": io_uring_register: {error}"),
+                |()| String::new(),
+            );
             return Err(unavailable((
-                "io_uring here does not say that it offers plain reads".to_owned(),
+                format!("io_uring here does not say that it offers plain reads{cause}"),
                 format!(
                     "run Linux 5.6 or later, allow io_uring_register in the seccomp profile, or {USE_ANOTHER}"
                 ),
@@ -281,7 +290,7 @@ mod rings {
                     .parse()
                     .ok()
             },
-            || getrlimit(Resource::Memlock).current,
+            || soft_limit(Resource::Memlock),
         )
     }
 

@@ -324,7 +324,7 @@ fn reserve(file: &File, len: u64) -> io::Result<()> {
 fn reserve(file: &File, len: u64) -> io::Result<()> {
     use rustix::fs::{FallocateFlags, fallocate};
     use rustix::io::Errno;
-    use rustix::process::{Resource, getrlimit};
+    use rustix::process::Resource;
 
     /// So much at a time that a signal, which undoes what is under way on some file systems, does not undo much.
     const PIECE_BYTES: u64 = 256 << 20;
@@ -332,10 +332,7 @@ fn reserve(file: &File, len: u64) -> io::Result<()> {
     const MAX_INTERRUPTIONS: u32 = 64;
 
     // Past the limit, the kernel not only refuses, but kills the process with SIGXFSZ.
-    if getrlimit(Resource::Fsize)
-        .current
-        .is_some_and(|limit| len > limit)
-    {
+    if crate::probe::soft_limit(Resource::Fsize).is_some_and(|limit| len > limit) {
         return Err(Errno::FBIG.into());
     }
     let mut reserved = 0;

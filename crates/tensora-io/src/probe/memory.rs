@@ -1,9 +1,9 @@
 //! How much memory the machine, the control group and the limits of this process leave.
 
-use rustix::process::{Resource, getrlimit};
+use rustix::process::Resource;
 
 use super::mounts::Mount;
-use super::{cgroup, read_text};
+use super::{cgroup, read_text, soft_limit};
 use crate::MemoryFacts;
 
 pub(super) fn facts(mounts: &[Mount]) -> MemoryFacts {
@@ -33,7 +33,7 @@ fn meminfo_bytes(meminfo: &str, name: &str) -> Option<u64> {
 
 /// What the limits on address space and on data leave, in bytes.
 fn left_to_process() -> [Option<u64>; 2] {
-    let limits = [Resource::As, Resource::Data].map(|resource| getrlimit(resource).current);
+    let limits = [Resource::As, Resource::Data].map(soft_limit);
     if limits == [None, None] {
         return limits;
     }

@@ -1079,7 +1079,7 @@ fn lead(
         .min(u32::try_from(used).unwrap_or(u32::MAX));
     // As many again take the places of those that are lost; they take memory only then.
     let layout = Layout::new(largest, buffers * 2);
-    let limit = rustix::process::getrlimit(rustix::process::Resource::Fsize).current;
+    let limit = crate::probe::soft_limit(rustix::process::Resource::Fsize);
     let layout = layout.filter(|layout| limit.is_none_or(|limit| layout.bytes() as u64 <= limit));
     let file = match layout.as_ref().map(Layout::create) {
         Some(Ok(file)) => file,
