@@ -1,7 +1,9 @@
 //! Promises of the facts: what a probe says agrees with what the system says by other ways, and with
 //! what then happens.
 
-#![allow(clippy::unwrap_used, clippy::print_stderr)]
+#![allow(clippy::unwrap_used)]
+
+mod skip_support;
 
 use std::fs::File;
 use std::io::Write;
@@ -80,16 +82,8 @@ fn what_was_not_compiled_in_says_which_feature_is_missing() {
 mod on_linux {
     use tensora_io::MemorySource;
 
+    use super::skip_support::skip;
     use super::*;
-
-    /// Says that a check cannot be made here, and counts it where a log is asked for.
-    fn skip(what: &str) {
-        eprintln!("SKIP: {what}");
-        if let Some(log) = std::env::var_os("TENSORA_SKIP_LOG") {
-            let mut log = File::options().create(true).append(true).open(log).unwrap();
-            writeln!(log, "{what}").unwrap();
-        }
-    }
 
     fn output(program: &str, arguments: &[&str]) -> Option<String> {
         let output = std::process::Command::new(program)
@@ -235,6 +229,13 @@ mod on_linux {
             ),
             (
                 io_uring,
+                libc::SYS_io_uring_register,
+                libc::ENOMEM,
+                "io_uring_register: Cannot allocate memory",
+                "io_uring_register",
+            ),
+            (
+                io_uring,
                 libc::SYS_io_uring_enter,
                 libc::EPERM,
                 "io_uring_enter",
@@ -301,6 +302,23 @@ mod on_linux {
         });
         if !filtered {
             skip("residency without cachestat is the same: no seccomp here");
+        }
+    }
+
+    /// Nobody may ask for limits, by either system call that there is for it.
+    #[test]
+    fn limits_are_known_although_the_question_is_refused() {
+        let before = Platform::probe();
+        for errno in [libc::EPERM, libc::ENOSYS] {
+            let calls = [libc::SYS_prlimit64, libc::SYS_getrlimit].map(|call| (call, errno));
+            let filtered = with_filter(&calls, || {
+                let platform = Platform::probe();
+                assert_eq!(platform.open_files, before.open_files);
+                assert_eq!(platform.memlock_bytes, before.memlock_bytes);
+            });
+            if !filtered {
+                skip("limits that may not be asked for: no seccomp here");
+            }
         }
     }
 

@@ -1,10 +1,14 @@
 //! Promises of the store of profiles: what was saved is found again, and nothing else is ever believed.
 
-#![allow(clippy::unwrap_used, clippy::print_stderr)]
+#![allow(clippy::unwrap_used)]
+
+mod skip_support;
 
 use std::fs;
 use std::path::Path;
 
+#[cfg(unix)]
+use skip_support::skip;
 use tempfile::TempDir;
 use tensora_io::{
     BackendKind, CacheState, DirectPolicy, Error, Measurement, MemoryKind, Platform, Profile,
@@ -271,18 +275,7 @@ fn files_that_may_not_be_read_are_ignored() {
     let path = store.save(&profile(&platform)).unwrap();
     fs::set_permissions(&path, fs::Permissions::from_mode(0o0)).unwrap();
     if fs::File::open(&path).is_ok() {
-        let skipped = "files that may not be read: permissions do not bind this user";
-        eprintln!("SKIP: {skipped}");
-        if let Some(log) = std::env::var_os("TENSORA_SKIP_LOG") {
-            use std::io::Write;
-            let mut log = fs::OpenOptions::new()
-                .create(true)
-                .append(true)
-                .open(log)
-                .unwrap();
-            writeln!(log, "{skipped}").unwrap();
-        }
-        return;
+        return skip("files that may not be read: permissions do not bind this user");
     }
     match store.find(&platform) {
         ProfileFact::Ignored { reason } => assert!(reason.contains("cannot be opened"), "{reason}"),

@@ -1,11 +1,25 @@
 //! Defects that were found once, each with the case that showed it.
 #![allow(clippy::unwrap_used)]
 
+mod skip_support;
+
 use std::fs::OpenOptions;
 
+use skip_support::skip;
 use tensora_io::{
-    BackendKind, Control, DirectPolicy, Error, ReadRequest, SourceFile, TransferParams, backend,
+    Backend, BackendKind, Control, DirectPolicy, Error, ReadRequest, SourceFile, TransferParams,
+    backend,
 };
+
+/// Every backend that works here.
+fn backends(what: &str) -> impl Iterator<Item = (BackendKind, Box<dyn Backend>)> {
+    BackendKind::ALL.into_iter().filter_map(move |kind| {
+        backend(kind)
+            .map(|backend| (kind, backend))
+            .map_err(|error| skip(&format!("{what}: {error}")))
+            .ok()
+    })
+}
 
 fn params(direct: DirectPolicy) -> TransferParams {
     TransferParams {
@@ -20,10 +34,7 @@ fn params(direct: DirectPolicy) -> TransferParams {
 /// A page that the file came to end in read as zeros behind that end, and nobody noticed.
 #[test]
 fn a_file_cut_inside_a_page_while_it_is_read_is_noticed() {
-    for kind in BackendKind::ALL {
-        let Ok(backend) = backend(kind) else {
-            continue;
-        };
+    for (kind, backend) in backends("a file cut inside a page") {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("data");
         std::fs::write(&path, [7; 8192]).unwrap();
@@ -53,10 +64,7 @@ fn a_file_cut_inside_a_page_while_it_is_read_is_noticed() {
 /// A file that was empty when it was opened counted as one that nothing is read of.
 #[test]
 fn required_direct_reads_are_direct_after_a_file_has_grown() {
-    for kind in BackendKind::ALL {
-        let Ok(backend) = backend(kind) else {
-            continue;
-        };
+    for (kind, backend) in backends("a file that has grown") {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("data");
         std::fs::write(&path, []).unwrap();
@@ -94,10 +102,7 @@ fn reading_nothing_succeeds_everywhere() {
     let path = directory.path().join("data");
     std::fs::write(&path, [7; 100]).unwrap();
     let file = SourceFile::open(&path).unwrap();
-    for kind in BackendKind::ALL {
-        let Ok(backend) = backend(kind) else {
-            continue;
-        };
+    for (kind, backend) in backends("reading nothing") {
         for direct in [
             DirectPolicy::Never,
             DirectPolicy::Preferred,

@@ -1,9 +1,12 @@
 //! What a load does about bytes that are in the page cache.
 #![cfg(all(target_os = "linux", not(tensora_portable)))]
-#![allow(clippy::unwrap_used, clippy::print_stderr)]
+#![allow(clippy::unwrap_used)]
+
+mod skip_support;
 
 use std::io::{Read, Write};
 
+use skip_support::skip;
 use tensora_io::{
     Backend, BackendKind, Control, DirectPolicy, Placement, ReadRequest, ReadStats, ResidentPolicy,
     SourceFile, TransferParams, backend,
@@ -13,19 +16,6 @@ const MIB: u64 = 1 << 20;
 const LEN: u64 = 24 * MIB + 777;
 /// Some systems reclaim pages of the cache at any time: figures may be off by so much.
 const RECLAIMED: u64 = 6 * MIB;
-
-/// Says that a check cannot be made here, and counts it where a log is asked for.
-fn skip(what: &str) {
-    eprintln!("SKIP: {what}");
-    if let Some(log) = std::env::var_os("TENSORA_SKIP_LOG") {
-        let mut log = std::fs::File::options()
-            .create(true)
-            .append(true)
-            .open(log)
-            .unwrap();
-        writeln!(log, "{what}").unwrap();
-    }
-}
 
 fn content() -> Vec<u8> {
     (0..LEN).map(|at| (at * 31 % 251) as u8).collect()

@@ -58,7 +58,7 @@ fn skip(what: &str) {
             .append(true)
             .open(log)
             .unwrap();
-        writeln!(log, "{what}").unwrap();
+        writeln!(log, "SKIP: {what}").unwrap();
     }
 }
 

@@ -6,15 +6,19 @@
 use std::ffi::CString;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
+use std::sync::mpsc;
 use std::time::Duration;
 
 use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
+use rustix::process::{Pid, Signal, kill_process};
 use rustix::thread::UnshareFlags;
 use tensora_io::testing::skip;
 
 /// Set in the process that [`in_child`] runs a test in.
 const CHILD: &str = "TENSORA_TEST_CHILD";
+/// Longer than any test takes in a process of its own that does not hang, on however busy a machine.
+const PATIENCE: Duration = Duration::from_secs(300);
 
 /// A system call that the kernel shall answer with an error number.
 #[derive(Clone, Copy, Debug)]
@@ -174,21 +178,51 @@ pub(crate) fn with_mount(
 /// Runs the test of this name once more, alone in a process of its own, which `prepare` can change before it
 /// begins. `None` in that process: then the test does its work.
 pub(crate) fn in_child(test: &str, prepare: impl FnOnce(&mut Command)) -> Option<Output> {
+    in_child_within(PATIENCE, test, prepare)
+}
+
+/// The same; a process that takes longer is killed, and the test fails.
+pub(crate) fn in_child_within(
+    patience: Duration,
+    test: &str,
+    prepare: impl FnOnce(&mut Command),
+) -> Option<Output> {
     if std::env::var_os(CHILD).is_some_and(|name| name == test) {
         return None;
     }
     let mut command = Command::new(std::env::current_exe().unwrap());
     command
         .args(["--exact", test, "--nocapture", "--test-threads", "1"])
-        .env(CHILD, test);
+        .env(CHILD, test)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
     prepare(&mut command);
-    let output = command.output().unwrap();
+    let child = command.spawn().unwrap();
+    let process = Pid::from_child(&child);
+    let (sender, receiver) = mpsc::channel();
+    std::thread::spawn(move || sender.send(child.wait_with_output()));
+    let in_time = receiver.recv_timeout(patience);
+    let is_late = in_time.is_err();
+    if is_late {
+        // If it has ended by now, this is an error, and no matter.
+        let _ = kill_process(process, Signal::KILL);
+    }
+    // What it has said until then. A process of its own that it leaves may keep its output open.
+    let output = in_time.or_else(|_| receiver.recv_timeout(Duration::from_secs(10)));
+    let Ok(output) = output.map(Result::unwrap) else {
+        panic!("{test} in a process of its own was killed: no end after {patience:?}");
+    };
     let text = String::from_utf8_lossy(&output.stdout);
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        !is_late,
+        "{test} in a process of its own was killed: no end after {patience:?}\n{text}\n{errors}"
+    );
     assert!(
         output.status.success() && text.contains("1 passed"),
-        "{test} in a process of its own: {}\n{text}\n{}",
+        "{test} in a process of its own: {}\n{text}\n{errors}",
         output.status,
-        String::from_utf8_lossy(&output.stderr)
     );
     Some(output)
 }
