@@ -22,9 +22,9 @@ use std::time::Duration;
 
 use common::{Expected, skip};
 use machine_support::{
-    Argument, Denied, deny, has_own_mounts, in_child, on_a_thread, with_own_mounts,
+    Argument, Denied, deny, has_own_mounts, in_child, in_child_within, on_a_thread, with_own_mounts,
 };
-use rustix::mount::{MountFlags, mount, mount_remount};
+use rustix::mount::{MountFlags, mount, mount_bind, mount_remount};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tempfile::TempDir;
 use tensora::formats::{Sharding, TensorSpec, safetensors_layout};
@@ -185,6 +185,23 @@ fn become_ordinary(what: &str) -> bool {
     done
 }
 
+/// A test in a process of its own that hangs fails, and says which it was.
+#[test]
+fn a_process_that_hangs_is_killed_and_named() {
+    const TEST: &str = "a_process_that_hangs_is_killed_and_named";
+
+    let outcome =
+        std::panic::catch_unwind(|| in_child_within(Duration::from_secs(2), TEST, |_| {}));
+    match outcome {
+        // In that process.
+        Ok(None) => loop {
+            std::thread::sleep(Duration::from_secs(1));
+        },
+        Ok(Some(output)) => panic!("it came to an end: {output:?}"),
+        Err(panic) => expect_said(panic.downcast_ref::<String>().unwrap(), &[TEST, "killed"]),
+    }
+}
+
 #[test]
 fn forbidden_rings_are_named_and_not_chosen() {
     if in_child("forbidden_rings_are_named_and_not_chosen", |_| {}).is_some() {
@@ -220,6 +237,12 @@ fn forbidden_rings_are_named_and_not_chosen() {
             "io_uring_register",
         ),
         (
+            libc::SYS_io_uring_register,
+            libc::ENOMEM,
+            "io_uring_register: Cannot allocate memory",
+            "io_uring_register",
+        ),
+        (
             libc::SYS_io_uring_enter,
             libc::EPERM,
             "io_uring_enter: ",
@@ -246,6 +269,46 @@ fn forbidden_rings_are_named_and_not_chosen() {
             }
         });
     }
+}
+
+/// As where an administrator has switched rings off for everybody, root included.
+#[test]
+fn rings_that_a_sysctl_forbids_are_named() {
+    const SWITCH: &str = "/proc/sys/kernel/io_uring_disabled";
+
+    if !with_mounts("rings_that_a_sysctl_forbids_are_named") {
+        return;
+    }
+    let trial = Trial::new();
+    if !trial.has(BackendKind::IoUring) {
+        return;
+    }
+    if !Path::new(SWITCH).exists() {
+        return skip("forbidden rings: this kernel has no kernel.io_uring_disabled");
+    }
+    // The switch itself belongs to the whole machine: only what this process reads of it is another, and a filter
+    // refuses what the kernel would.
+    let switched = trial.path().join("switched");
+    std::fs::write(&switched, "2\n").unwrap();
+    mount_bind(&switched, SWITCH).unwrap();
+    on_a_thread(|| {
+        let setup = Denied::new(libc::SYS_io_uring_setup, libc::EPERM);
+        if !denied("forbidden rings", &[setup]) {
+            return;
+        }
+        trial.refuses(
+            Some(BackendKind::IoUring),
+            &[
+                "io_uring_setup: EPERM: blocked by sysctl kernel.io_uring_disabled=2",
+                "kernel.io_uring_disabled=0",
+            ],
+        );
+        let plan = trial.load(None).unwrap();
+        expect_said(
+            &plan.to_string(),
+            &["Not io-uring:", "kernel.io_uring_disabled=2"],
+        );
+    });
 }
 
 /// The trial of a ring submits nothing, so that filters can let it pass and refuse what comes after it.
@@ -276,6 +339,38 @@ fn rings_that_fail_later_are_named() {
             }
         });
     }
+}
+
+/// A ring may be too busy for the moment; one that stays so is given up after ten seconds.
+#[test]
+fn rings_that_stay_busy_are_named() {
+    if in_child("rings_that_stay_busy_are_named", |_| {}).is_some() {
+        return;
+    }
+    let trial = Trial::new();
+    if !trial.has(BackendKind::IoUring) {
+        return;
+    }
+    std::thread::scope(|scope| {
+        for errno in [libc::EBUSY, libc::EAGAIN] {
+            let trial = &trial;
+            scope.spawn(move || {
+                let submits =
+                    Denied::new(libc::SYS_io_uring_enter, errno).only(1, Argument::IsAtLeast(1));
+                if denied("rings that stay busy", &[submits]) {
+                    let cause = std::io::Error::from_raw_os_error(errno).to_string();
+                    trial.refuses(
+                        Some(BackendKind::IoUring),
+                        &[
+                            "io-uring backend failed to submit reads",
+                            &cause,
+                            "use another backend",
+                        ],
+                    );
+                }
+            });
+        }
+    });
 }
 
 /// Refused from inside, with reads under way: the load waits for them without the kernel's help, and ends.
@@ -812,6 +907,8 @@ fn older_kernels_do_as_well() {
             &[libc::SYS_openat2, libc::SYS_fstatfs],
         ),
         ("affinity", &[libc::SYS_sched_getaffinity]),
+        // Not even the question is allowed.
+        ("limits", &[libc::SYS_prlimit64, libc::SYS_getrlimit]),
         (
             "everything new",
             &[
@@ -834,6 +931,7 @@ fn older_kernels_do_as_well() {
             }
         });
     }
+    expect_direct_reads_by_trial(CACHESTAT);
     // The mmap backend cannot do without this one; the others can.
     for (errno, said) in [(libc::ENOSYS, "ENOSYS"), (libc::EPERM, "EPERM")] {
         on_a_thread(|| {
@@ -857,6 +955,32 @@ fn older_kernels_do_as_well() {
                 .filter(|&&kind| kind != BackendKind::Mmap)
             {
                 trial.works_with(kind);
+            }
+        });
+    }
+}
+
+/// Nobody says how direct reads must be aligned, nor what is in the page cache: it is tried.
+fn expect_direct_reads_by_trial(cachestat: libc::c_long) {
+    let mut trial = Trial::new();
+    // Where temporary files are, there may be no direct I/O.
+    let build = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    common::write(&trial.expected, "three SafeTensors shards", build.path());
+    trial.directory = build;
+    let required = |kind| loader(Some(kind)).direct(DirectPolicy::Required);
+    for kind in [BackendKind::Sync, BackendKind::Async, BackendKind::IoUring] {
+        if !trial.has(kind) {
+            continue;
+        }
+        let load = || load_and_compare(trial.path(), &trial.expected, &required(kind));
+        if let Err(error) = load() {
+            skip(&format!("direct reads without statx: {error}"));
+            continue;
+        }
+        on_a_thread(|| {
+            let calls = [cachestat, libc::SYS_statx].map(|call| Denied::new(call, libc::ENOSYS));
+            if denied("direct reads without statx", &calls) {
+                load().unwrap_or_else(|error| panic!("{kind}: {error}"));
             }
         });
     }
@@ -996,6 +1120,82 @@ fn truncation_during_an_owned_load_is_an_error() {
                     "loading tensor",
                 ],
             );
+        }
+    }
+}
+
+fn shorten(path: &Path, len: u64) {
+    let file = std::fs::OpenOptions::new().write(true).open(path).unwrap();
+    file.set_len(len).unwrap();
+}
+
+/// The largest file of a checkpoint, by its name.
+fn largest_partition(directory: &Path) -> PathBuf {
+    let files = std::fs::read_dir(directory)
+        .unwrap()
+        .map(|entry| entry.unwrap().path());
+    let partitions = files.filter(|path| path.to_str().unwrap().contains("tensor.data_"));
+    partitions
+        .max_by_key(|path| path.metadata().unwrap().len())
+        .unwrap()
+}
+
+#[test]
+fn a_partition_that_shrinks_before_it_is_loaded_is_an_error() {
+    for kind in usable() {
+        for layout in ["store dialect", "partitioned dialect"] {
+            for direct in [DirectPolicy::Never, DirectPolicy::Preferred] {
+                let trial = Trial::of(common::expected(), layout);
+                let opened = loader(Some(kind))
+                    .direct(direct)
+                    .open(trial.path())
+                    .unwrap();
+                let partition = largest_partition(trial.path());
+                shorten(&partition, 10_000);
+                let Err(error) = opened.load_all() else {
+                    panic!("{kind}, {layout}, {direct}: loaded from a partition that is gone");
+                };
+                expect_said(
+                    &error.to_string(),
+                    &[
+                        partition.to_str().unwrap(),
+                        "has 10000 now",
+                        "it is being written or was replaced",
+                    ],
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn a_partition_that_shrinks_while_it_is_loaded_is_an_error() {
+    for kind in usable() {
+        for layout in ["store dialect", "partitioned dialect"] {
+            for direct in [DirectPolicy::Never, DirectPolicy::Preferred] {
+                let trial = Trial::of(common::expected(), layout);
+                let partition = largest_partition(trial.path());
+                let shrinking = partition.clone();
+                let once = std::sync::Once::new();
+                let loader = loader(Some(kind))
+                    .direct(direct)
+                    .workers(2)
+                    .queue_depth(4)
+                    .chunk_bytes(16 << 10)
+                    .on_progress(move |_| once.call_once(|| shorten(&shrinking, 10_000)));
+                let Err(error) = load_and_compare(trial.path(), &trial.expected, &loader) else {
+                    panic!("{kind}, {layout}, {direct}: loaded from a partition that is gone");
+                };
+                expect_said(
+                    &error.to_string(),
+                    &[
+                        partition.to_str().unwrap(),
+                        "ends at byte 10000",
+                        "truncated",
+                        "loading tensor",
+                    ],
+                );
+            }
         }
     }
 }
