@@ -34,7 +34,7 @@ const TIME_FACTOR: f64 = 24.0;
 const LEAST_TIME: Duration = Duration::from_millis(1);
 /// A busy machine can make any one measurement longer, so the best of several counts. So many at least, and so many at most
 /// while the time seems to be out of proportion.
-const MEASUREMENTS: std::ops::RangeInclusive<usize> = 2..=12;
+const MEASUREMENTS: std::ops::RangeInclusive<usize> = 2..=30;
 
 /// How many entries are many. Just above a power of two, where a growing vector has room for almost twice of what it
 /// holds.
