@@ -306,7 +306,7 @@ impl ConversionPlan {
     ///
     /// [`Error::OtherCheckpoint`], [`Error::NotReplaceable`], [`Error::TargetIsSource`] and [`Error::Target`] for
     /// what has come to be in the target since the plan was made.
-    pub fn replaced_files(&self) -> Result<Vec<String>> {
+    pub fn replaced_files(&self) -> Result<Vec<PathBuf>> {
         if !self.target.is_dir() {
             return Ok(Vec::new());
         }

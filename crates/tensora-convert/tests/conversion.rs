@@ -8,7 +8,7 @@ mod common;
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::num::NonZero;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -544,7 +544,7 @@ fn a_plan_names_the_files_that_it_replaces() {
         .partition_bytes(NonZero::new(64).unwrap())
         .checksums(Checksums::Write);
     let first = options.plan(&source, &target).unwrap();
-    assert_eq!(first.replaced_files().unwrap(), [""; 0]);
+    assert!(first.replaced_files().unwrap().is_empty());
     first.run(&Control::new()).unwrap();
     fs::write(target.join("config.json"), "{}").unwrap();
     let mut old = names(&target);
@@ -556,6 +556,7 @@ fn a_plan_names_the_files_that_it_replaces() {
         .plan(&source, &target)
         .unwrap();
     let replaced = plan.replaced_files().unwrap();
+    let old: Vec<PathBuf> = old.into_iter().map(PathBuf::from).collect();
     assert_eq!(replaced, old);
     plan.run(&Control::new()).unwrap();
     // One of the old names has new content, and the others are gone.

@@ -16,8 +16,8 @@ use std::thread;
 
 use common::{FORMATS, Record, Tensors, tensors};
 use tensora_convert::{
-    ConversionPlan, ConversionReport, ConvertOptions, Error, OutputKind, Overwrite, Reading, Result,
-    Unfinished, Verify,
+    ConversionPlan, ConversionReport, ConvertOptions, Error, OutputKind, Overwrite, Reading,
+    Result, Unfinished, Verify,
 };
 use tensora_formats::{CheckpointIndex, Dtype, Format, UNFINISHED_NAME};
 use tensora_io::testing::{Fault, FaultBackend, Faults};

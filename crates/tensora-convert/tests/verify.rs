@@ -108,7 +108,11 @@ fn write_sidecar(directory: &Path, records: &[Record]) -> BTreeMap<String, Strin
 
 /// Flips a bit of a file as a device does: nothing says that the file was written to.
 fn flip(path: &Path, offset: u64) {
-    let file = fs::File::options().read(true).write(true).open(path).unwrap();
+    let file = fs::File::options()
+        .read(true)
+        .write(true)
+        .open(path)
+        .unwrap();
     let modified = file.metadata().unwrap().modified().unwrap();
     let mut byte = [0];
     file.read_exact_at(&mut byte, offset).unwrap();

@@ -479,7 +479,7 @@ fn cases(many: usize) -> Vec<Case> {
 fn large_case() -> Case {
     const TENSORS: usize = 1_000_000;
     let tensor = |number: usize| {
-        let shape = if number % 2 == 0 { "" } else { "0" };
+        let shape = if number.is_multiple_of(2) { "" } else { "0" };
         let [begin, end] = [number, number + 1].map(|number| number.div_ceil(2));
         format!(r#"{{"dtype":"U8","shape":[{shape}],"data_offsets":[{begin},{end}]}}"#)
     };

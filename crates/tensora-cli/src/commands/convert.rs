@@ -90,7 +90,9 @@ pub(crate) fn convert(arguments: &ConvertArgs, console: &Console) -> Result<()> 
     let mut conversion = Conversion::new(&plan, &stream);
     conversion.explain = console.explain;
     if arguments.run.dry_run {
-        conversion.replaced_files = Some(plan.replaced_files()?);
+        let replaced = plan.replaced_files()?;
+        let shown = replaced.iter().map(|path| path.display().to_string());
+        conversion.replaced_files = Some(shown.collect());
         return emit(&conversion, console);
     }
     let cancel = CancelToken::new();
