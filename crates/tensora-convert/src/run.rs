@@ -22,7 +22,7 @@ use crate::journal::Finished;
 use crate::outputs::Output;
 use crate::plan::stored_in_order;
 use crate::staging::Staging;
-use crate::target::{check_occupancy, file_size_limit_bytes, free_bytes, refused};
+use crate::target::{check_occupancy, free_bytes, refused};
 use crate::verify::{TensorHashers, differences};
 use crate::{
     Checksums, ContentDigests, ConversionNote, ConversionPlan, ConversionReport, Digest, Error,
@@ -708,7 +708,7 @@ fn written(path: &Path, needed_bytes: u64, source: io::Error) -> Error {
         },
         io::ErrorKind::FileTooLarge => Error::FileTooLarge {
             path: path.to_owned(),
-            limit_bytes: file_size_limit_bytes(),
+            limit_bytes: TargetFile::limit_bytes(),
             source,
         },
         _ => refused(path, "write")(source),

@@ -416,17 +416,6 @@ pub(crate) fn free_bytes(_path: &Path) -> Result<Option<u64>> {
     Ok(None)
 }
 
-/// How large this process may make a file, in bytes; `None` when unlimited or unknown.
-#[cfg(unix)]
-pub(crate) fn file_size_limit_bytes() -> Option<u64> {
-    rustix::process::getrlimit(rustix::process::Resource::Fsize).current
-}
-
-#[cfg(not(unix))]
-pub(crate) fn file_size_limit_bytes() -> Option<u64> {
-    None
-}
-
 /// Makes created, renamed and removed names survive a crash.
 #[cfg(unix)]
 pub(crate) fn sync_directory(directory: &Path) -> Result<()> {

@@ -68,6 +68,14 @@ pub struct WriteStats {
 }
 
 impl TargetFile {
+    /// How large this process may make a file, in bytes; `None` when unlimited or unknown.
+    pub fn limit_bytes() -> Option<u64> {
+        #[cfg(all(target_os = "linux", not(tensora_portable)))]
+        return crate::probe::soft_limit(rustix::process::Resource::Fsize);
+        #[cfg(not(all(target_os = "linux", not(tensora_portable))))]
+        None
+    }
+
     /// Creates a file of `len` bytes where nothing is yet, with the mode that the umask leaves, and reserves room
     /// for it. Where the file system cannot reserve, the file is sparse until it is written.
     ///
@@ -324,7 +332,6 @@ fn reserve(file: &File, len: u64) -> io::Result<()> {
 fn reserve(file: &File, len: u64) -> io::Result<()> {
     use rustix::fs::{FallocateFlags, fallocate};
     use rustix::io::Errno;
-    use rustix::process::Resource;
 
     /// So much at a time that a signal, which undoes what is under way on some file systems, does not undo much.
     const PIECE_BYTES: u64 = 256 << 20;
@@ -332,7 +339,7 @@ fn reserve(file: &File, len: u64) -> io::Result<()> {
     const MAX_INTERRUPTIONS: u32 = 64;
 
     // Past the limit, the kernel not only refuses, but kills the process with SIGXFSZ.
-    if crate::probe::soft_limit(Resource::Fsize).is_some_and(|limit| len > limit) {
+    if TargetFile::limit_bytes().is_some_and(|limit| len > limit) {
         return Err(Errno::FBIG.into());
     }
     let mut reserved = 0;
