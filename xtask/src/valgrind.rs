@@ -1,4 +1,8 @@
 //! `cargo xtask valgrind`: tests of the backends, while memcheck watches every access to memory.
+//!
+//! What the kernel writes is not seen by it, but where our own code reads or writes is: slots, scratch and
+//! destinations after an error, a cancellation or a refused entry. Its warnings about debug information are of
+//! mapped test files that it takes for libraries.
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -8,8 +12,9 @@ use clap::Args;
 
 /// Errors that memcheck finds end a test program with this status, which nothing else does.
 const ERROR_STATUS: &str = "99";
-/// What is run: a test program of `tensora-io`, and the tests in it. Those in which reads fail, are cancelled or
-/// interrupted while the kernel has more of them, and one of ordinary reads.
+/// What is run: a test program of `tensora-io`, and the tests in it. Those in which reads fail while the kernel has
+/// more of them, and some of ordinary reads. Not those that watch another thread wait: under memcheck one thread runs
+/// at a time, and one that waits for a page of a mapping keeps the others from running.
 const TESTS: &[(&str, &[&str])] = &[
     (
         "fuse_faults",
@@ -17,11 +22,10 @@ const TESTS: &[(&str, &[&str])] = &[
             "what_is_right_is_read",
             "a_device_error_is_named_with_its_place",
             "an_error_in_the_middle_of_a_batch_waits_for_the_rest",
-            "cancellation_waits_for_reads_in_flight",
             "a_ring_that_refuses_entries_waits_for_what_it_has",
         ],
     ),
-    ("conformance", &["uring", "sync"]),
+    ("conformance", &["adjacent_ranges", "boundary_sizes"]),
 ];
 
 /// Arguments of `cargo xtask valgrind`.
@@ -62,9 +66,13 @@ impl ValgrindArguments {
 /// Runs the tests whose names contain one of these words. Returns how many passed.
 fn check(program: &str, tests: &[&str]) -> Result<u64> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let root = crate::tidy::repository_root();
     let runner = format!("valgrind --quiet --error-exitcode={ERROR_STATUS} --leak-check=no");
     let output = Command::new(cargo)
-        .current_dir(crate::tidy::repository_root())
+        .current_dir(&root)
+        // rustix looks for the vDSO by itself, where valgrind has hidden it; the C library does without.
+        .env("RUSTFLAGS", "--cfg=rustix_use_libc")
+        .env("CARGO_TARGET_DIR", root.join("target/valgrind"))
         .args([
             "test",
             "--quiet",
