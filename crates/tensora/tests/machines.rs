@@ -1159,8 +1159,9 @@ fn a_partition_that_shrinks_before_it_is_loaded_is_an_error() {
                     &error.to_string(),
                     &[
                         partition.to_str().unwrap(),
-                        "has 10000 now",
-                        "it is being written or was replaced",
+                        "has changed since its metadata was read",
+                        "and is 10000 now",
+                        "open the checkpoint again when it is completely written",
                     ],
                 );
             }
