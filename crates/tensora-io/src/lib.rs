@@ -28,6 +28,7 @@ mod control;
 mod destination;
 mod direct;
 mod error;
+mod fault_around;
 mod file;
 #[cfg(feature = "mmap")]
 #[allow(unsafe_code)]

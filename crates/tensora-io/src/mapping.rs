@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex};
 use bytes::Bytes;
 use memmap2::{Advice, MmapOptions, MmapRaw};
 
+use crate::fault_around::ByWindows;
 use crate::workers::{Crew, lock};
 use crate::{Control, Error, Result, SourceFile, TransferParams};
 
@@ -114,6 +115,7 @@ impl Mapping {
                 .iter()
                 .flat_map(|range| chunks_of(range, chunk_bytes)),
         );
+        let by_windows = ByWindows::new();
         let crew = Crew::default();
         let threads = u64::from(workers.max(1)).min(chunk_count);
         crew.run("tensora-populate", threads, &|| {
@@ -123,7 +125,7 @@ impl Mapping {
                 };
                 let done = control
                     .check()
-                    .and_then(|()| self.populate_chunk(file, &chunk));
+                    .and_then(|()| self.populate_chunk(file, &chunk, by_windows.as_ref()));
                 match done {
                     Ok(()) => control.advance(chunk.end - chunk.start),
                     Err(error) => crew.fail(error),
@@ -148,13 +150,21 @@ impl Mapping {
         }
     }
 
-    fn populate_chunk(&self, file: &SourceFile, chunk: &Range<u64>) -> Result<()> {
+    fn populate_chunk(
+        &self,
+        file: &SourceFile,
+        chunk: &Range<u64>,
+        by_windows: Option<&ByWindows>,
+    ) -> Result<()> {
         let Some(map) = &self.map else {
             return Ok(());
         };
         // Inside the mapping, whose length is a `usize`.
         #[allow(clippy::cast_possible_truncation)]
         let range = chunk.start as usize..chunk.end as usize;
+        if by_windows.is_some_and(|by_windows| by_windows.populate(file, map, &range)) {
+            return Ok(());
+        }
         match populate(map, range.clone()) {
             Ok(()) => Ok(()),
             Err(error) if error.kind() == io::ErrorKind::InvalidInput => {
