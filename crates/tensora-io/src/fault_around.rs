@@ -1,6 +1,6 @@
 //! Populating by windows: a page fault in a file's mapping enters the resident pages around it into the page table,
 //! too ("fault-around", 64 KiB unless the administrator says otherwise). Asking for one page of each window instead of all
-//! spares the kernel a walk for each of the others: 1.5 GB of resident pages took two thirds of the processor time.
+//! spares the kernel a walk for each of the others; with small folios that is 7 to 30 % of the processor time.
 
 use std::fs::File;
 use std::io;
