@@ -28,6 +28,7 @@ mod control;
 mod destination;
 mod direct;
 mod error;
+#[cfg(feature = "mmap")]
 mod fault_around;
 mod file;
 #[cfg(feature = "mmap")]

@@ -1,5 +1,5 @@
 //! What a populated mapping promises: every page is there, or an error says why not.
-#![cfg(all(target_os = "linux", not(tensora_portable)))]
+#![cfg(all(feature = "mmap", target_os = "linux", not(tensora_portable)))]
 #![allow(
     unsafe_code,
     clippy::panic,
