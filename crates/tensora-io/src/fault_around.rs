@@ -5,7 +5,7 @@
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use memmap2::MmapRaw;
 
@@ -16,6 +16,9 @@ use crate::mapping::populate;
 /// since 3.15. The setting itself is for root's eyes only, so what came of it is looked at each time.
 const WINDOW_BYTES: usize = 64 << 10;
 const ENTRY_BYTES: usize = 8;
+/// After so many failures in a row the kernel does not fault around here. Fewer may be large folios that somebody has
+/// locked.
+const MAX_FAILURES: u32 = 4;
 /// The bit of an entry that says that the page is in the page table.
 const PRESENT: u64 = 1 << 63;
 
@@ -24,7 +27,8 @@ pub(crate) struct ByWindows {
     /// The page table of this process, as the kernel shows it.
     pagemap: File,
     page_bytes: usize,
-    works: AtomicBool,
+    /// Chunks in a row of which most pages stayed away.
+    failures: AtomicU32,
 }
 
 impl ByWindows {
@@ -38,7 +42,7 @@ impl ByWindows {
         Some(Self {
             pagemap: File::open("/proc/self/pagemap").ok()?,
             page_bytes,
-            works: AtomicBool::new(true),
+            failures: AtomicU32::new(0),
         })
     }
 
@@ -53,7 +57,7 @@ impl ByWindows {
     /// a little time: the caller populates it as a whole, and hears about errors there.
     pub(crate) fn populate(&self, file: &SourceFile, map: &MmapRaw, chunk: &Range<usize>) -> bool {
         let in_file = chunk.start as u64..chunk.end as u64;
-        self.works.load(Ordering::Relaxed)
+        self.failures.load(Ordering::Relaxed) < MAX_FAILURES
             && file.resident_bytes(in_file) == Some(chunk.len() as u64)
             && self.fault_in(map, chunk).unwrap_or(false)
     }
@@ -82,7 +86,9 @@ impl ByWindows {
         let (entries, _) = entries.as_chunks();
         let missing = entries.iter().filter(|entry| !is_present(**entry)).count();
         if missing > page_count / 2 {
-            self.works.store(false, Ordering::Relaxed);
+            self.failures.fetch_add(1, Ordering::Relaxed);
+        } else {
+            self.failures.store(0, Ordering::Relaxed);
         }
         Ok(missing == 0)
     }
@@ -151,6 +157,7 @@ mod tests {
         });
         let done = (0..20).any(|_| {
             let (_kept, file, map) = mapped();
+            let windows = ByWindows::new().unwrap();
             let done = windows.populate(&file, &map, &(0..LEN));
             assert!(!done || present(&windows, &map) * windows.page_bytes == LEN);
             done
