@@ -119,7 +119,7 @@ pub(crate) const MIN_RINGS: u32 = 2;
 /// Most rings. Not measured: four cores zero destination pages faster than any one device delivers.
 pub(crate) const MAX_RINGS: u32 = 4;
 
-/// Reads in flight per ring: 2 × 16 × 1 MiB was the best cold case of q8.
+/// Reads in flight per ring: 2 × 16 were the best cold case of q8, at 1 and at 2 MiB.
 pub(crate) const RING_DEPTH: u32 = 16;
 
 /// Fewest workers of the mmap backend where files are not in memory: cold population waits for the device, and 8 were
@@ -129,12 +129,14 @@ pub(crate) const MAP_MIN_WORKERS: u32 = 8;
 /// Most workers of the mmap backend. Not measured: they contend for one address space's lock.
 pub(crate) const MAP_MAX_WORKERS: u32 = 16;
 
-/// Bytes that all workers together keep in flight at most. 16 MiB saturated the device; as unaligned
-/// reads go through scratch of this size, it also bounds the load's memory beside its destination.
-pub(crate) const MAX_IN_FLIGHT_BYTES: u64 = 32 << 20;
+/// Bytes that all workers together keep in flight at most. 16 MiB saturate the device while nobody has to wait for fresh
+/// memory; with 2 rings that do, 64 MiB took 0.94 of the time of 32 MiB (q8 cold). Reads in flight fill their destination,
+/// so that this costs no memory.
+pub(crate) const MAX_IN_FLIGHT_BYTES: u64 = 64 << 20;
 
-/// What a load owns beside its destination at most, in bytes: the scratch of the reads in flight.
-pub(crate) const OVERHEAD_BYTES: u64 = MAX_IN_FLIGHT_BYTES;
+/// What a load owns beside its destination at most, in bytes: the scratch for what is not aligned, 384 KiB each, of
+/// every thread or of `RING_DEPTH` reads of each of `MAX_RINGS`, and the stacks.
+pub(crate) const OVERHEAD_BYTES: u64 = 32 << 20;
 
 /// Memory that windows take beside the tensors of a load at most, in bytes, where slices are gathered out of
 /// them or ranks share them. Not measured: half of what a stream has, because the tensors are held, too.
@@ -180,6 +182,10 @@ pub(crate) const STREAM_RING_CHUNK_BYTES: u64 = 1 << 20;
 
 /// Reads in flight on a stream's ring, at most: the same.
 pub(crate) const STREAM_RING_DEPTH: u32 = 16;
+
+/// Bytes of a window at most, whatever a profile would keep in flight. Not measured: windows are memory, so that two of
+/// them and a consumer have to fit into `STREAM_MEMORY_BYTES` with room to spare.
+pub(crate) const STREAM_MAX_WINDOW_BYTES: u64 = 32 << 20;
 
 /// Readers per CPU of a stream that copies from the page cache. Not measured: its buffers' pages are in place, so
 /// that a thread has nothing to wait for, and the consumer has work, too.

@@ -26,7 +26,7 @@ fn large_and_cold() {
         &platform(2),
         &Policy::default(),
         &expect![[r#"
-            plan         io-uring, owned memory: 2 rings of depth 8, chunks of 2 MiB, direct.
+            plan         io-uring, owned memory: 2 rings of depth 16, chunks of 2 MiB, direct.
             load         15.26 GiB from 5 shards of SafeTensors, whole files: 399 tensors in 5 requests.
             where        ext4 on nvme0n1, 0 % of the files in the page cache; 2 CPUs; 24 GiB of memory left
                          (machine).
@@ -56,7 +56,7 @@ fn large_and_cold() {
             workers      2. One ring alone starves while its destination pages are faulted in; beyond a few
                          there is nothing left to gain.
 
-            queue depth  8. 2 rings with more reads of 2 MiB each would exceed 32 MiB in flight.
+            queue depth  16. Together the rings keep the device's queue full.
         "#]],
     );
 }
@@ -956,7 +956,7 @@ fn slices_that_ranks_share() {
         &platform,
         &Policy::default(),
         &expect![[r#"
-            plan         io-uring, owned memory: 2 rings of depth 8, chunks of 2 MiB, direct.
+            plan         io-uring, owned memory: 2 rings of depth 16, chunks of 2 MiB, direct.
             load         6.52 GiB from 2 shards of SafeTensors, ranges: 326 tensors in 700 requests.
             where        ext4 on nvme0n1, 0 % of the files in the page cache; 2 CPUs; 24 GiB of memory left
                          (machine).
@@ -987,7 +987,7 @@ fn slices_that_ranks_share() {
             workers      2. One ring alone starves while its destination pages are faulted in; beyond a few
                          there is nothing left to gain.
 
-            queue depth  8. 2 rings with more reads of 2 MiB each would exceed 32 MiB in flight.
+            queue depth  16. Together the rings keep the device's queue full.
 
             slices       mixed. 3.73 GiB is needed and 6.52 GiB read, 75 % more: gaps between needed bytes are
                          read where that takes less time than another read. 72 tensors, 953.67 MiB, lie
@@ -1014,7 +1014,7 @@ fn slices_where_ranks_can_share_the_page_cache_only() {
         &platform,
         &Policy::default(),
         &expect![[r#"
-            plan         io-uring, owned memory: 2 rings of depth 8, chunks of 2 MiB, buffered.
+            plan         io-uring, owned memory: 2 rings of depth 16, chunks of 2 MiB, buffered.
             load         6.52 GiB from 2 shards of SafeTensors, ranges: 326 tensors in 700 requests.
             where        ext4 on nvme0n1, 0 % of the files in the page cache; 2 CPUs; 24 GiB of memory left
                          (machine).
@@ -1043,7 +1043,7 @@ fn slices_where_ranks_can_share_the_page_cache_only() {
             workers      2. One ring alone starves while its destination pages are faulted in; beyond a few
                          there is nothing left to gain.
 
-            queue depth  8. 2 rings with more reads of 2 MiB each would exceed 32 MiB in flight.
+            queue depth  16. Together the rings keep the device's queue full.
 
             slices       mixed. 3.73 GiB is needed and 6.52 GiB read, 75 % more: gaps between needed bytes are
                          read where that takes less time than another read. 72 tensors, 953.67 MiB, lie

@@ -396,7 +396,7 @@ fn check(plan: &Plan) -> Result<(), TestCaseError> {
     {
         let in_flight =
             params.chunk_bytes * u64::from(params.queue_depth) * u64::from(params.workers);
-        prop_assert!(in_flight <= 32 << 20);
+        prop_assert!(in_flight <= 64 << 20);
     }
 
     // Each field is decided once, with the value that the plan has and a reason for it.

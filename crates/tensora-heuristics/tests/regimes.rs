@@ -104,11 +104,11 @@ fn parameters_of_each_backend() {
         (Some(Sync), DirectPolicy::Never, 64, [8, 1, 8]),
         (Some(Async), DirectPolicy::Required, 2, [2, 1, 16]),
         (Some(Async), DirectPolicy::Never, 6, [8, 1, 8]),
-        (Some(IoUring), DirectPolicy::Preferred, 1, [2, 8, 2]),
-        (Some(IoUring), DirectPolicy::Preferred, 64, [2, 4, 4]),
+        (Some(IoUring), DirectPolicy::Preferred, 1, [2, 16, 2]),
+        (Some(IoUring), DirectPolicy::Preferred, 64, [2, 8, 4]),
         (Some(Mmap), DirectPolicy::Never, 2, [4, 1, 8]),
         (Some(Mmap), DirectPolicy::Never, 64, [4, 1, 16]),
-        (None, DirectPolicy::Preferred, 2, [2, 8, 2]),
+        (None, DirectPolicy::Preferred, 2, [2, 16, 2]),
     ];
     for (backend, direct, cpus, [chunk_mib, queue_depth, workers]) in table {
         let plan = with(&five_shards(), &platform(cpus), |policy| {
@@ -181,7 +181,7 @@ fn partly_resident_files_are_copied_where_resident_and_read_elsewhere() {
             assert_eq!(plan.params.chunk_bytes, 2 * MIB, "{per_mille}");
             assert_eq!(
                 plan.params.workers * plan.params.queue_depth,
-                16,
+                if backend == IoUring { 32 } else { 16 },
                 "{per_mille}"
             );
             assert!(rejection(&plan, "resident", "reread").contains("deliver again"));
@@ -634,12 +634,12 @@ fn overrides_are_taken_as_they_are_and_shape_the_rest() {
     let plan = with(&five_shards(), &platform(2), |policy| {
         policy.chunk_bytes = Some(8 * MIB);
     });
-    // 32 MiB in flight at most.
-    assert_eq!((plan.params.workers, plan.params.queue_depth), (2, 2));
+    // 64 MiB in flight at most.
+    assert_eq!((plan.params.workers, plan.params.queue_depth), (2, 4));
     let plan = with(&five_shards(), &platform(2), |policy| {
         policy.workers = Some(8);
     });
-    assert_eq!((plan.params.workers, plan.params.queue_depth), (8, 2));
+    assert_eq!((plan.params.workers, plan.params.queue_depth), (8, 4));
     assert_eq!(
         rejection(&plan, "workers", "2").split('.').next(),
         Some("another value was set")
@@ -852,9 +852,13 @@ fn bypassing_reads_directly_and_copies_what_is_there() {
     // What is missing from the page cache may need scratch, so that a copy is bounded as direct reads are.
     let mut many_cpus = resident(1000);
     many_cpus.cpus = 64;
-    let plan = with(&five_shards(), &many_cpus, bypass);
-    assert_eq!((plan.params.chunk_bytes, plan.params.workers), (4 * MIB, 8));
-    assert_eq!(auto(&one_shard(), &many_cpus).params.workers, 16);
+    let long = |policy: &mut Policy| policy.chunk_bytes = Some(8 * MIB);
+    let plan = with(&five_shards(), &many_cpus, |policy| {
+        bypass(policy);
+        long(policy);
+    });
+    assert_eq!(plan.params.workers, 8);
+    assert_eq!(with(&one_shard(), &many_cpus, long).params.workers, 16);
     // Also where it does not pay.
     let tiny = with(&whole(SafeTensors, 1, MIB), &platform(2), bypass);
     assert_eq!(tiny.params.direct, DirectPolicy::Preferred);

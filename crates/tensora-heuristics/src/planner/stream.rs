@@ -299,7 +299,7 @@ impl Case<'_> {
         let useful_bytes = aligned(
             recipe
                 .window_bytes
-                .max(in_flight_bytes.min(tuning::MAX_IN_FLIGHT_BYTES))
+                .max(in_flight_bytes.min(tuning::STREAM_MAX_WINDOW_BYTES))
                 .max(chunk_bytes),
         );
         let sizing = match &self.workload.shared {
