@@ -35,15 +35,15 @@ pub(crate) const MAP_RESIDENT_PERCENT: u64 = 80;
 /// Bytes up to which a load whose files are not in the page cache is mapped where that is allowed. Of times until
 /// every tensor can be used, direct reads took 1.10 (q06) and 1.27 times (6.2 GB) those of a mapping; until every byte was
 /// read once more, too, which is when a mapping pays for pages that the host has taken back, 1.01 and 1.12 times:
-/// medians over 21 and 9 rounds, three formats (benches/runs/2026-11-23-2cpu-23gib-ext4-matrix/run.json). q8 took
-/// 11–14 s mapped and 7.4–9.8 s read; 10.5–12.4 s and 9.1–14.0 s without primed memory
-/// (benches/runs/2026-11-23-cold-parameters.md). What lies between was not measured.
+/// medians over 21 and 9 rounds, three formats (benches/runs/2026-11-23-2cpu-23gib-ext4-matrix/run.json). With q8 it was
+/// 1.02 and 0.93 times (7 rounds, benches/runs/2026-11-28-2cpu-23gib-ext4-deeper/run.json). What lies between was not
+/// measured.
 pub(crate) const MAP_COLD_MAX_BYTES: u64 = 8_000_000_000;
 
-/// Bytes from which such a load is mapped, too, whose files are partly in the page cache, by
-/// `PROFILE_HALF_PERCENT` or more. With half of them there, direct reads and copies took 0.95 and 0.83 times as
-/// long as a mapping by the two clocks (q06, 21 rounds), 1.80 and 1.43 times (6.2 GB, 7 rounds), in the same run. The
-/// crossing lies between.
+/// Bytes from which a load is mapped whose files are partly in the page cache, by `PROFILE_HALF_PERCENT` or more,
+/// however large it is. With half of them there, direct reads and copies took 0.95 and 0.83 times as long as a mapping by
+/// the two clocks (q06, 21 rounds), 1.80 and 1.43 times (6.2 GB, 7 rounds), in the same run, and 1.82 and 1.63 times (q8,
+/// 7 rounds, benches/runs/2026-11-28-2cpu-23gib-ext4-deeper/run.json). The crossing lies between the first two.
 pub(crate) const MAP_HALF_MIN_BYTES: u64 = 4_000_000_000;
 
 /// Room that dropping from the page cache leaves beside destination and files, in bytes, at least: for the
@@ -275,6 +275,11 @@ pub(crate) mod evidence {
             "benches/runs/2026-11-23-2cpu-23gib-ext4-matrix/run.json"
         };
     }
+    macro_rules! deeper {
+        () => {
+            "benches/runs/2026-11-28-2cpu-23gib-ext4-deeper/run.json"
+        };
+    }
 
     /// Copying out of a mapping against reading, cold.
     pub(crate) const COLD_COPY_OF_MAPPING: &str = concat!(
@@ -289,9 +294,11 @@ pub(crate) mod evidence {
     );
     /// Mapping against reading, half-resident, large enough to be mapped.
     pub(crate) const HALF_MAPPING_LEADS: &str = concat!(
-        "with half of 6.2 GB there, reading took 1.80 times as long as mapping, 1.43 times with each byte \
-         read once more, ",
-        matrix!()
+        "with half of 6.2 and 16.4 GB there, reading took 1.80 and 1.82 times as long as mapping, 1.43 and 1.63 \
+         times with each byte read once more, ",
+        matrix!(),
+        " and ",
+        deeper!()
     );
     /// The same, too small for that.
     pub(crate) const HALF_MAPPING_TRAILS: &str = concat!(
@@ -306,8 +313,8 @@ pub(crate) mod evidence {
     );
     /// Mapping against reading, cold and large.
     pub(crate) const COLD_MAPPING: &str = concat!(
-        "16.4 GB took 11 to 14 s mapped and 7.4 to 9.8 s read directly, ",
-        hand_measurements!()
+        "reading 16.4 GB took 1.02 times as long as mapping them, 0.93 times with each byte read once more, ",
+        deeper!()
     );
     /// What bringing the files into the page cache costs.
     pub(crate) const KEEPING: &str = concat!(

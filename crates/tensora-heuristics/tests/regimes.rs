@@ -228,12 +228,9 @@ fn cold_and_half_resident_files_are_mapped_where_that_was_measured_to_pay() {
         (8 * GB, 500, MemoryKind::Mapped, ""),
         (8 * GB + 1, 0, MemoryKind::Owned, "up to 8 GB"),
         (8 * GB + 1, 100, MemoryKind::Owned, "up to 8 GB"),
-        (
-            8 * GB + 1,
-            799,
-            MemoryKind::Owned,
-            "from 80 % or up to 8 GB",
-        ),
+        (8 * GB + 1, 249, MemoryKind::Owned, "up to 8 GB"),
+        (8 * GB + 1, 250, MemoryKind::Mapped, ""),
+        (16 * GB, 500, MemoryKind::Mapped, ""),
         (8 * GB + 1, 800, MemoryKind::Mapped, ""),
     ];
     for (bytes, per_mille, memory, against) in table {

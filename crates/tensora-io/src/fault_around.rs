@@ -121,16 +121,24 @@ fn read_at(_file: &File, _into: &mut [u8], _position: usize) -> io::Result<()> {
 #[cfg(all(test, target_os = "linux", not(tensora_portable)))]
 #[allow(clippy::unwrap_used)]
 mod tests {
+    use std::io::Write;
+
     use super::*;
     use crate::mapping::map_file;
     use crate::skip_support::skip;
 
     const LEN: usize = 1 << 20;
+    const PIECE_BYTES: usize = 16 << 10;
 
     /// A file that is resident, and a new mapping of it.
     fn mapped() -> (tempfile::NamedTempFile, SourceFile, MmapRaw) {
         let kept = tempfile::NamedTempFile::new().unwrap();
-        std::fs::write(kept.path(), vec![7; LEN]).unwrap();
+        // Piece by piece, for small folios: of one that holds the end of the file, the first fault of a page table may
+        // bring in a single page (Linux 6.18).
+        let mut writer = kept.as_file();
+        for _ in 0..LEN / PIECE_BYTES {
+            writer.write_all(&[7; PIECE_BYTES]).unwrap();
+        }
         kept.as_file().sync_all().unwrap();
         let file = SourceFile::open(kept.path()).unwrap();
         let map = map_file(&file).unwrap().unwrap();

@@ -341,44 +341,37 @@ impl Case<'_> {
                 Bytes(usable_bytes)
             ));
         }
-        let most = gigabytes(tuning::MAP_COLD_MAX_BYTES);
         let percent = self.resident_percent().unwrap_or(0);
-        let is_half = percent >= tuning::PROFILE_HALF_PERCENT;
+        if percent >= tuning::PROFILE_HALF_PERCENT {
+            let least = gigabytes(tuning::MAP_HALF_MIN_BYTES);
+            if read_bytes < tuning::MAP_HALF_MIN_BYTES {
+                return Err(format!(
+                    "{percent} % of the files is in the page cache, and mapping pays from {} % or {least} on: \
+                     copying that part while the rest is read directly is faster ({})",
+                    tuning::MAP_RESIDENT_PERCENT,
+                    evidence::HALF_MAPPING_TRAILS
+                ));
+            }
+            return Ok(format!(
+                "{} Mappings are allowed, and from {least} on it pays to bring the rest there and use the \
+                 tensors there, since no other memory has to be zeroed and filled ({}).",
+                self.whereabouts(),
+                evidence::HALF_MAPPING_LEADS
+            ));
+        }
+        let most = gigabytes(tuning::MAP_COLD_MAX_BYTES);
         if read_bytes > tuning::MAP_COLD_MAX_BYTES {
-            let (place, from) = if is_half {
-                (
-                    format!("{percent} % of the files is in the page cache"),
-                    format!("from {} % or up to {most}", tuning::MAP_RESIDENT_PERCENT),
-                )
-            } else {
-                (
-                    "the files are not in memory".to_owned(),
-                    format!("up to {most}"),
-                )
-            };
             return Err(format!(
-                "{place}, and mapping pays {from}: larger loads are read more slowly through a mapping ({})",
+                "the files are not in memory, and mapping pays up to {most}: larger loads are read more slowly \
+                 through a mapping ({})",
                 evidence::COLD_MAPPING
             ));
         }
-        if is_half && read_bytes < tuning::MAP_HALF_MIN_BYTES {
-            return Err(format!(
-                "{percent} % of the files is in the page cache, and mapping pays from {} % or {} on: copying \
-                 that part while the rest is read directly is faster ({})",
-                tuning::MAP_RESIDENT_PERCENT,
-                gigabytes(tuning::MAP_HALF_MIN_BYTES),
-                evidence::HALF_MAPPING_TRAILS
-            ));
-        }
-        let measured = if is_half {
-            evidence::HALF_MAPPING_LEADS
-        } else {
-            evidence::COLD_MAPPING_LEADS
-        };
         Ok(format!(
             "{} Mappings are allowed, and up to {most} it pays to fill the page cache and use the tensors \
-             there, since no other memory has to be zeroed and filled ({measured}).",
-            self.whereabouts()
+             there, since no other memory has to be zeroed and filled ({}).",
+            self.whereabouts(),
+            evidence::COLD_MAPPING_LEADS
         ))
     }
 
