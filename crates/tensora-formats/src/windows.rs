@@ -336,7 +336,9 @@ impl Packer<'_> {
             }
             cuts.retain(|cut| cut.done_bytes < self.parts[cut.part].bytes());
             if is_stuck && was_empty {
-                return Err(self.window_too_small(first));
+                let parts = cuts.iter().map(|cut| cut.part);
+                let largest = parts.max_by_key(|part| self.parts[*part].unit_bytes());
+                return Err(self.window_too_small(largest.unwrap_or(first)));
             }
             if is_stuck {
                 self.open.roll_back();
