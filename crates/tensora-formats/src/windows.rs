@@ -336,9 +336,13 @@ impl Packer<'_> {
             }
             cuts.retain(|cut| cut.done_bytes < self.parts[cut.part].bytes());
             if is_stuck && was_empty {
-                let parts = cuts.iter().map(|cut| cut.part);
-                let largest = parts.max_by_key(|part| self.parts[*part].unit_bytes());
-                return Err(self.window_too_small(largest.unwrap_or(first)));
+                // A window that holds the longest element of the group holds any.
+                let longer = |one: usize, other: usize| {
+                    let is_longer = self.parts[other].unit_bytes() > self.parts[one].unit_bytes();
+                    if is_longer { other } else { one }
+                };
+                let longest = cuts.iter().map(|cut| cut.part).fold(first, longer);
+                return Err(self.window_too_small(longest));
             }
             if is_stuck {
                 self.open.roll_back();

@@ -36,8 +36,9 @@ pub(crate) const MAP_RESIDENT_PERCENT: u64 = 80;
 /// every tensor can be used, direct reads took 1.10 (q06) and 1.27 times (6.2 GB) those of a mapping; until every byte was
 /// read once more, too, which is when a mapping pays for pages that the host has taken back, 1.01 and 1.12 times:
 /// medians over 21 and 9 rounds, three formats (benches/runs/2026-11-23-2cpu-23gib-ext4-matrix/run.json). With q8 it was
-/// 1.02 and 0.93 times (7 rounds, benches/runs/2026-11-28-2cpu-23gib-ext4-deeper/run.json). What lies between was not
-/// measured.
+/// 1.02 and 0.93 times as SafeTensors (7 rounds, benches/runs/2026-11-28-2cpu-23gib-ext4-deeper/run.json), 0.95 and 0.85
+/// times in the store dialect (7 rounds, benches/runs/2026-11-28-2cpu-23gib-ext4-large/run.json). What lies between was
+/// not measured.
 pub(crate) const MAP_COLD_MAX_BYTES: u64 = 8_000_000_000;
 
 /// Bytes from which a load is mapped whose files are partly in the page cache, by `PROFILE_HALF_PERCENT` or more,

@@ -71,6 +71,25 @@ fn windows_too_small() {
         [[(0, 0, 16)]]
     );
 
+    // The longest element counts, whichever tensor of those that share bytes comes first.
+    let mut flag = stored("flag", 458, &[], None, 1);
+    flag.dtype = Dtype::Bool;
+    let mut long = stored("long", 451, &[], None, 8);
+    long.dtype = Dtype::C64;
+    let shared = [flag, long].map(|entry| TensorPart::whole(&entry).unwrap());
+    let blocks_of_two = |window_bytes| WindowOptions {
+        align_bytes: 2,
+        order: WindowOrder::Given,
+        ..options(window_bytes)
+    };
+    assert_refused!(
+        windows(&files, &shared, &blocks_of_two(8)),
+        Error::WindowTooSmall { .. },
+        "a window of 8 bytes cannot hold one element, which takes 10 bytes",
+        "\"long\"",
+    );
+    assert!(windows(&files, &shared, &blocks_of_two(10)).is_ok());
+
     // Three rows of three that are stored as columns.
     let transposed = stored("t", 100, &[3, 3], Some(&[1, 3]), 9);
     let transposed = [TensorPart::whole(&transposed).unwrap()];
