@@ -372,6 +372,12 @@ fn wishes_are_obeyed() {
         policy.queue_depth = Some(64);
     });
     assert_eq!((plan.params.queue_depth, plan.buffer_bytes), (64, 32 * MIB));
+    // Not for want of memory: no window is longer.
+    let plan = with(&five_shards(), &platform(2), |policy| {
+        policy.queue_depth = Some(64);
+        policy.memory_limit_bytes = Some(4 * GIB);
+    });
+    assert_eq!((plan.params.queue_depth, plan.buffer_bytes), (64, 32 * MIB));
     // Without rings it has no effect, and the plan says so.
     let plan = with(&one_shard(), &platform(2), |policy| {
         policy.queue_depth = Some(64);
