@@ -98,7 +98,7 @@ pub use destination::Destination;
 pub use error::{Error, Result};
 pub use file::{FileIdentity, SourceFile};
 #[cfg(feature = "mmap")]
-pub use mapping::{Mapping, MappingPermit};
+pub use mapping::{Mapping, MappingPermit, PopulateParams};
 pub use memory::Region;
 #[cfg(all(feature = "mmap", target_os = "linux", not(tensora_portable)))]
 pub use mmap::MmapBackend;

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use memmap2::{Advice, MmapOptions, MmapRaw};
 
 use crate::fault_around::ByWindows;
-use crate::workers::{Crew, lock};
+use crate::workers::{Crew, chunks_of, lock};
 use crate::{Control, Error, Result, SourceFile, TransferParams};
 
 /// Shows that somebody has taken on the contract of exposed mappings. Without one, no [`Mapping`] can
@@ -28,6 +28,18 @@ impl MappingPermit {
     pub const unsafe fn new() -> Self {
         Self(())
     }
+}
+
+/// How a mapping is populated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct PopulateParams {
+    /// What one thread brings in at a time, in bytes; at least a page.
+    pub chunk_bytes: u64,
+    /// Threads, the calling one among them; 0 counts as 1.
+    pub workers: u32,
+    /// Whether the caller has just found all of it in the page cache, so that nobody needs to ask again. Where that is
+    /// wrong, or not true any more, populating takes longer, and nothing else comes of it.
+    pub known_resident: bool,
 }
 
 /// A whole file, mapped read-only and shared with the page cache: no copy is made. Clones share the
@@ -81,9 +93,8 @@ impl Mapping {
         }
     }
 
-    /// Brings `ranges` (bytes of the file) into memory and into the page table, by `workers` threads in
-    /// chunks of `chunk_bytes` (at least a page), so that later access neither faults nor waits. For
-    /// eager use; [`prefetch`](Self::prefetch) is for lazy use. `file` is the one that was mapped.
+    /// Brings `ranges` (bytes of the file) into memory and into the page table, so that later access
+    /// neither faults nor waits. For eager use; [`prefetch`](Self::prefetch) is for lazy use. `file` is the one that was mapped.
     ///
     /// # Errors
     ///
@@ -97,15 +108,14 @@ impl Mapping {
         &self,
         file: &SourceFile,
         ranges: &[Range<u64>],
-        chunk_bytes: u64,
-        workers: u32,
+        params: &PopulateParams,
         control: &Control,
     ) -> Result<()> {
         let mapped_end = self.len() as u64;
         if let Some(range) = ranges.iter().find(|range| range.end > mapped_end) {
             return Err(eof(file, range, mapped_end));
         }
-        let chunk_bytes = chunk_bytes.max(TransferParams::MIN_CHUNK_BYTES);
+        let chunk_bytes = params.chunk_bytes.max(TransferParams::MIN_CHUNK_BYTES);
         let chunk_count: u64 = ranges
             .iter()
             .map(|range| range.end.saturating_sub(range.start).div_ceil(chunk_bytes))
@@ -116,8 +126,11 @@ impl Mapping {
                 .flat_map(|range| chunks_of(range, chunk_bytes)),
         );
         let by_windows = ByWindows::new();
+        let by_windows = by_windows
+            .as_ref()
+            .map(|by_windows| (by_windows, params.known_resident));
         let crew = Crew::default();
-        let threads = u64::from(workers.max(1)).min(chunk_count);
+        let threads = u64::from(params.workers.max(1)).min(chunk_count);
         crew.run("tensora-populate", threads, &|| {
             while !crew.is_stopped() {
                 let Some(chunk) = lock(&chunks).next() else {
@@ -125,7 +138,7 @@ impl Mapping {
                 };
                 let done = control
                     .check()
-                    .and_then(|()| self.populate_chunk(file, &chunk, by_windows.as_ref()));
+                    .and_then(|()| self.populate_chunk(file, &chunk, by_windows));
                 match done {
                     Ok(()) => control.advance(chunk.end - chunk.start),
                     Err(error) => crew.fail(error),
@@ -154,7 +167,7 @@ impl Mapping {
         &self,
         file: &SourceFile,
         chunk: &Range<u64>,
-        by_windows: Option<&ByWindows>,
+        by_windows: Option<(&ByWindows, bool)>,
     ) -> Result<()> {
         let Some(map) = &self.map else {
             return Ok(());
@@ -162,7 +175,10 @@ impl Mapping {
         // Inside the mapping, whose length is a `usize`.
         #[allow(clippy::cast_possible_truncation)]
         let range = chunk.start as usize..chunk.end as usize;
-        if by_windows.is_some_and(|by_windows| by_windows.populate(file, map, &range)) {
+        let is_done = by_windows.is_some_and(|(by_windows, known_resident)| {
+            by_windows.populate(file, map, &range, known_resident)
+        });
+        if is_done {
             return Ok(());
         }
         match populate(map, range.clone()) {
@@ -220,20 +236,6 @@ impl AsRef<[u8]> for Mapping {
     fn as_ref(&self) -> &[u8] {
         self.as_slice()
     }
-}
-
-/// Cuts a range where multiples of `chunk_bytes` lie in the file.
-fn chunks_of(range: &Range<u64>, chunk_bytes: u64) -> impl Iterator<Item = Range<u64>> + use<> {
-    let end = range.end;
-    let mut begin = range.start;
-    std::iter::from_fn(move || {
-        let chunk_end = (begin - begin % chunk_bytes)
-            .saturating_add(chunk_bytes)
-            .min(end);
-        let chunk = begin..chunk_end;
-        begin = chunk_end;
-        (!chunk.is_empty()).then_some(chunk)
-    })
 }
 
 /// Maps a whole file; `None` for an empty one, which cannot be mapped.

@@ -292,6 +292,11 @@ impl StorageFacts {
             resident_bytes: None,
         }
     }
+
+    /// Whether all bytes of the files were in the page cache; `false` where the system does not tell.
+    pub fn is_resident(&self) -> bool {
+        self.resident_bytes == Some(self.file_bytes)
+    }
 }
 
 /// Whether a file can be read past the page cache, and how aligned such reads must be.

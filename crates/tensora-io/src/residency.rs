@@ -11,7 +11,8 @@ impl SourceFile {
     /// it was opened. Of pages that the range covers in part, only that part counts, so the answer for a
     /// fully resident range is its length. It is a snapshot: pages come and go.
     ///
-    /// Takes microseconds on Linux 6.5 and later (`cachestat`); before, and on stacked and user-space file
+    /// On Linux 6.5 and later (`cachestat`) it takes microseconds where nothing is there or pages are kept in large folios,
+    /// and some 20 ms per gigabyte where they are kept one by one; before, and on stacked and user-space file
     /// systems, milliseconds per gigabyte (`mincore`). Linux tells only those who own the file or may
     /// write to it.
     pub fn resident_bytes(&self, range: Range<u64>) -> Option<u64> {

@@ -1,12 +1,27 @@
 //! Where files are stored: file system, device, and what is in the page cache.
 
+use std::num::NonZero;
+use std::sync::{Mutex, PoisonError};
+
+use crate::workers::{Crew, chunks_of, lock};
 use crate::{DirectSupport, SourceFile, StorageFacts};
+
+/// From so many bytes on, several threads ask what is resident: that takes the kernel some 20 ms per GB where pages are kept
+/// one by one (benches/runs/2026-11-28-memory-and-pages.md), and a thread takes 0.05 ms to make.
+const COUNT_IN_PARALLEL_MIN_BYTES: u64 = 512 << 20;
+/// What is counted is shared by all threads: more only wait for each other.
+const MAX_COUNTING_THREADS: usize = 8;
+/// So that all are done at about the same time.
+const PIECES_PER_THREAD: u64 = 4;
+/// Pieces end at multiples of this, so that none cuts a page, and large ones seldom.
+const PIECE_ALIGN_BYTES: u64 = 2 << 20;
 
 impl StorageFacts {
     /// Examines the place that `files` are stored in.
     ///
     /// Takes well under a millisecond per file: a few system calls, one read of the table of mounts,
-    /// and the trial of direct I/O, which each file remembers. Where the files differ, the most
+    /// and the trial of direct I/O, which each file remembers. Counting what is in the page cache can take 20 ms per
+    /// gigabyte that is there; from 512 MiB on, up to 8 threads do it together. Where the files differ, the most
     /// restrictive answer stands, in full: network before user-space server before overlay before
     /// unknown before local before memory. Without files nothing is known, see
     /// [`StorageFacts::unknown`].
@@ -32,15 +47,49 @@ impl StorageFacts {
             file_bytes: files
                 .iter()
                 .fold(0, |sum, file| sum.saturating_add(file.len())),
-            resident_bytes: files.iter().try_fold(0u64, |sum, file| {
-                Some(sum.saturating_add(file.resident_bytes(0..file.len())?))
-            }),
+            resident_bytes: resident_bytes(files),
             ..Self::unknown()
         };
         #[cfg(all(target_os = "linux", not(tensora_portable)))]
         let facts = linux::with_place(facts, files);
         facts
     }
+}
+
+/// How many bytes of these files are in the page cache; `None` when the system does not tell of one.
+fn resident_bytes(files: &[&SourceFile]) -> Option<u64> {
+    let total_bytes = files
+        .iter()
+        .fold(0_u64, |sum, file| sum.saturating_add(file.len()));
+    let threads = if total_bytes < COUNT_IN_PARALLEL_MIN_BYTES {
+        1
+    } else {
+        let processors = std::thread::available_parallelism().map_or(1, NonZero::get);
+        processors.min(MAX_COUNTING_THREADS) as u64
+    };
+    let piece_bytes = (total_bytes / (threads * PIECES_PER_THREAD) / PIECE_ALIGN_BYTES + 1)
+        .saturating_mul(PIECE_ALIGN_BYTES);
+    let pieces = Mutex::new(files.iter().flat_map(|file| {
+        let pieces = chunks_of(&(0..file.len()), piece_bytes);
+        pieces.map(move |piece| (*file, piece))
+    }));
+    let sum = Mutex::new(Some(0_u64));
+    let crew = Crew::default();
+    crew.run("tensora-probe", threads, &|| {
+        loop {
+            let Some((file, piece)) = lock(&pieces).next() else {
+                return;
+            };
+            let resident = file.resident_bytes(piece);
+            let mut sum = lock(&sum);
+            *sum = sum
+                .zip(resident)
+                .map(|(sum, resident)| sum.saturating_add(resident));
+        }
+    });
+    // A thread that could not be made is not missed: the calling one went on until there was nothing left.
+    drop(crew.finish());
+    sum.into_inner().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// What holds for all files: unsupported if any file is, else the largest alignments.

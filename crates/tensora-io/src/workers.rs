@@ -1,5 +1,6 @@
 //! Threads that do one job together.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -76,6 +77,23 @@ impl Crew {
             .unwrap_or_else(PoisonError::into_inner)
             .map_or(Ok(()), Err)
     }
+}
+
+/// Cuts a range where multiples of `chunk_bytes` lie in the file.
+pub(crate) fn chunks_of(
+    range: &Range<u64>,
+    chunk_bytes: u64,
+) -> impl Iterator<Item = Range<u64>> + use<> {
+    let end = range.end;
+    let mut begin = range.start;
+    std::iter::from_fn(move || {
+        let chunk_end = (begin - begin % chunk_bytes)
+            .saturating_add(chunk_bytes)
+            .min(end);
+        let chunk = begin..chunk_end;
+        begin = chunk_end;
+        (!chunk.is_empty()).then_some(chunk)
+    })
 }
 
 /// Locks, also after a panic: what the locks of this crate protect is whole between two statements.

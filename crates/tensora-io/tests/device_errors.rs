@@ -29,8 +29,8 @@ use rustix::mount::{MountFlags, UnmountFlags};
 use tempfile::TempDir;
 use tensora_io::testing::skip;
 use tensora_io::{
-    BackendKind, Control, DirectPolicy, Error, Mapping, MappingPermit, ReadRequest, ReadStats,
-    Region, ResidentPolicy, Result, SourceFile, TransferParams, backend,
+    BackendKind, Control, DirectPolicy, Error, Mapping, MappingPermit, PopulateParams, ReadRequest,
+    ReadStats, Region, ResidentPolicy, Result, SourceFile, TransferParams, backend,
 };
 
 const MIB: u64 = 1 << 20;
@@ -323,9 +323,13 @@ impl Damaged {
         // SAFETY: nobody else knows of the file, and what was cut off is not looked at.
         let permit = unsafe { MappingPermit::new() };
         let mapping = Mapping::new(&self.file, permit).unwrap();
-        let populate = |range: Range<u64>| {
-            mapping.populate(&self.file, &[range], CHUNK_BYTES, 1, &Control::new())
+        let params = PopulateParams {
+            chunk_bytes: CHUNK_BYTES,
+            workers: 1,
+            known_resident: false,
         };
+        let populate =
+            |range: Range<u64>| mapping.populate(&self.file, &[range], &params, &Control::new());
         let error = populate(0..FILE_BYTES).expect_err("half of the file is missing");
         self.judge("a mapping", &error);
         let readable = self.readable(true);

@@ -11,7 +11,7 @@ use std::fs::File;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 
-use tensora_io::{Control, Error, Mapping, MappingPermit, SourceFile};
+use tensora_io::{Control, Error, Mapping, MappingPermit, PopulateParams, SourceFile};
 
 /// Not a multiple of a page, nor of what a fault brings in.
 const LEN: u64 = (3 << 20) + 70_123;
@@ -61,24 +61,31 @@ fn every_page_of_populated_ranges_is_in_the_page_table() {
     for ranges in &every_kind {
         for chunk_bytes in [4096, 100_000, 256 << 10, 4 << 20] {
             for resident_bytes in [0, LEN / 2, LEN] {
-                file.evict().unwrap();
-                let mut bytes = vec![0; usize::try_from(resident_bytes).unwrap()];
-                file.file().read_exact_at(&mut bytes, 0).unwrap();
-                let mapping = mapped(&file);
-                assert!(
-                    !missing(&mapping, &(0..LEN)).is_empty(),
-                    "nothing is there before"
-                );
-                let control = Control::default();
-                mapping
-                    .populate(&file, ranges, chunk_bytes, 2, &control)
-                    .unwrap();
-                for range in ranges {
-                    assert_eq!(
-                        missing(&mapping, range),
-                        [0; 0],
-                        "{range:?} in chunks of {chunk_bytes}, {resident_bytes} resident"
+                // Also where the claim is false.
+                for known_resident in [false, true] {
+                    file.evict().unwrap();
+                    let mut bytes = vec![0; usize::try_from(resident_bytes).unwrap()];
+                    file.file().read_exact_at(&mut bytes, 0).unwrap();
+                    let mapping = mapped(&file);
+                    assert!(
+                        !missing(&mapping, &(0..LEN)).is_empty(),
+                        "nothing is there before"
                     );
+                    let params = PopulateParams {
+                        chunk_bytes,
+                        workers: 2,
+                        known_resident,
+                    };
+                    mapping
+                        .populate(&file, ranges, &params, &Control::default())
+                        .unwrap();
+                    for range in ranges {
+                        assert_eq!(
+                            missing(&mapping, range),
+                            [0; 0],
+                            "{range:?} by {params:?}, {resident_bytes} resident"
+                        );
+                    }
                 }
             }
         }
@@ -95,10 +102,16 @@ fn a_file_that_was_shortened_cannot_be_populated() {
         let page = rustix::param::page_size() as u64;
         let now = (LEN - cut) / page * page;
         kept.as_file().set_len(now).unwrap();
-        let populated = mapping.populate(&file, &[0..LEN], 256 << 10, 2, &Control::default());
-        match populated {
-            Err(Error::UnexpectedEof { actual_end, .. }) => assert_eq!(actual_end, now),
-            other => panic!("{cut} bytes shorter: {other:?}"),
+        for known_resident in [false, true] {
+            let params = PopulateParams {
+                chunk_bytes: 256 << 10,
+                workers: 2,
+                known_resident,
+            };
+            match mapping.populate(&file, &[0..LEN], &params, &Control::default()) {
+                Err(Error::UnexpectedEof { actual_end, .. }) => assert_eq!(actual_end, now),
+                other => panic!("{cut} bytes shorter: {other:?}"),
+            }
         }
     }
 }

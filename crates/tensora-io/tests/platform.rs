@@ -7,6 +7,8 @@ mod skip_support;
 
 use std::fs::File;
 use std::io::Write;
+#[cfg(unix)]
+use std::os::unix::fs::FileExt;
 
 use tensora_io::{
     Availability, BackendKind, DirectSupport, Error, FileSystemClass, Platform, SourceFile,
@@ -427,6 +429,40 @@ mod on_linux {
         let storage = StorageFacts::probe(&[&file]);
         assert_eq!(storage.resident_bytes, file.resident_bytes(0..length));
     }
+}
+
+/// Large enough to be counted in pieces by several threads.
+#[test]
+fn residency_of_large_files_is_the_sum_of_theirs() {
+    let directory = directory();
+    // Nothing but holes, which take no space but can be in the page cache like anything else.
+    let files: Vec<_> = [700 << 20, 3, 0, (500 << 20) + 4097]
+        .into_iter()
+        .enumerate()
+        .map(|(number, length)| {
+            let path = directory.path().join(number.to_string());
+            File::create(&path).unwrap().set_len(length).unwrap();
+            SourceFile::open(path).unwrap()
+        })
+        .collect();
+    for (at, length) in [(0, 100), (300 << 20, 9 << 20), ((700 << 20) - 5, 5)] {
+        let mut bytes = vec![0; length];
+        files[0].file().read_exact_at(&mut bytes, at).unwrap();
+    }
+    let one_by_one: Option<Vec<_>> = files
+        .iter()
+        .map(|file| file.resident_bytes(0..file.len()))
+        .collect();
+    let Some(one_by_one) = one_by_one else {
+        assert!(!linux(), "Linux tells about an own file");
+        return;
+    };
+    let storage = StorageFacts::probe(&files.iter().collect::<Vec<_>>());
+    assert_eq!(storage.resident_bytes, Some(one_by_one.iter().sum()));
+    assert!(one_by_one[0] >= 9 << 20, "{one_by_one:?}");
+    assert!(!storage.is_resident());
+    let small = StorageFacts::probe(&[&files[2]]);
+    assert!(small.is_resident());
 }
 
 #[test]

@@ -450,7 +450,8 @@ impl Run<'_> {
                 if family.cache != CacheState::Warm {
                     prime_memory(self.sample.bytes)?;
                 }
-                self.sample.time_mapped(permit, params, self.control)
+                self.sample
+                    .time_mapped(family.cache, permit, params, self.control)
             }
             _ => {
                 // What goes through a cold page cache takes memory twice.

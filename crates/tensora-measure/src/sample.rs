@@ -4,8 +4,8 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use tensora_io::{
-    BackendKind, CacheState, Control, Mapping, MappingPermit, Placement, ReadRequest, SourceFile,
-    TransferParams,
+    BackendKind, CacheState, Control, Mapping, MappingPermit, Placement, PopulateParams,
+    ReadRequest, SourceFile, TransferParams,
 };
 
 use crate::pages;
@@ -122,19 +122,26 @@ impl<'a> Sample<'a> {
         Ok(elapsed)
     }
 
-    /// How long it takes to map the files and to bring the sample into memory and page tables.
+    /// How long it takes to map the files and to bring the sample into memory and page tables, when the page cache has
+    /// been prepared to be in the state that `cache` says.
     pub(crate) fn time_mapped(
         &self,
+        cache: CacheState,
         permit: MappingPermit,
         params: &TransferParams,
         control: &Control,
     ) -> Result<Duration> {
         let begun = Instant::now();
+        let populate = PopulateParams {
+            chunk_bytes: params.chunk_bytes,
+            workers: params.workers,
+            known_resident: cache == CacheState::Warm,
+        };
         let mut mappings = Vec::new();
         for (file, extent) in &self.extents {
             let mapping = Mapping::new(file, permit)?;
             let ranges = std::slice::from_ref(extent);
-            mapping.populate(file, ranges, params.chunk_bytes, params.workers, control)?;
+            mapping.populate(file, ranges, &populate, control)?;
             mappings.push(mapping);
         }
         Ok(begun.elapsed())

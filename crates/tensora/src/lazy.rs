@@ -8,11 +8,11 @@ use bytes::Bytes;
 use tensora_formats::FileChange;
 use tensora_formats::{CheckpointIndex, FileStamp, TensorEntry};
 use tensora_heuristics::{AccessPattern, MemoryKind, Plan, StorageLayout, Workload};
-#[cfg(feature = "mmap")]
-use tensora_io::Mapping;
 use tensora_io::{
     Control, Placement, Platform, ReadRequest, ReadStats, SourceFile, StorageFacts, merge_ranges,
 };
+#[cfg(feature = "mmap")]
+use tensora_io::{Mapping, PopulateParams};
 
 use crate::selection::position;
 use crate::sliced::LoadedParts;
@@ -373,6 +373,11 @@ impl LazyCheckpoint {
             .loader
             .permit
             .ok_or(tensora_heuristics::PlanError::MappedWithoutConsent)?;
+        let known_resident = plan
+            .platform
+            .storage
+            .as_ref()
+            .is_some_and(StorageFacts::is_resident);
         let mut loaded = Loaded::new(self.files.len());
         for task in files {
             let (file, extents) = (task.source, &task.extents);
@@ -400,8 +405,11 @@ impl LazyCheckpoint {
                     .populate(
                         file,
                         extents,
-                        plan.params.chunk_bytes,
-                        plan.params.workers,
+                        &PopulateParams {
+                            chunk_bytes: plan.params.chunk_bytes,
+                            workers: plan.params.workers,
+                            known_resident,
+                        },
                         control,
                     )
                     .map_err(|error| name_tensor(&self.index, error))?,
