@@ -125,10 +125,7 @@ impl Mapping {
                 .iter()
                 .flat_map(|range| chunks_of(range, chunk_bytes)),
         );
-        let by_windows = ByWindows::new();
-        let by_windows = by_windows
-            .as_ref()
-            .map(|by_windows| (by_windows, params.known_resident));
+        let by_windows = ByWindows::new(params.known_resident);
         let crew = Crew::default();
         let threads = u64::from(params.workers.max(1)).min(chunk_count);
         crew.run("tensora-populate", threads, &|| {
@@ -138,7 +135,7 @@ impl Mapping {
                 };
                 let done = control
                     .check()
-                    .and_then(|()| self.populate_chunk(file, &chunk, by_windows));
+                    .and_then(|()| self.populate_chunk(file, &chunk, by_windows.as_ref()));
                 match done {
                     Ok(()) => control.advance(chunk.end - chunk.start),
                     Err(error) => crew.fail(error),
@@ -167,7 +164,7 @@ impl Mapping {
         &self,
         file: &SourceFile,
         chunk: &Range<u64>,
-        by_windows: Option<(&ByWindows, bool)>,
+        by_windows: Option<&ByWindows>,
     ) -> Result<()> {
         let Some(map) = &self.map else {
             return Ok(());
@@ -175,10 +172,7 @@ impl Mapping {
         // Inside the mapping, whose length is a `usize`.
         #[allow(clippy::cast_possible_truncation)]
         let range = chunk.start as usize..chunk.end as usize;
-        let is_done = by_windows.is_some_and(|(by_windows, known_resident)| {
-            by_windows.populate(file, map, &range, known_resident)
-        });
-        if is_done {
+        if by_windows.is_some_and(|by_windows| by_windows.populate(file, map, &range)) {
             return Ok(());
         }
         match populate(map, range.clone()) {

@@ -7,9 +7,9 @@ use crate::workers::{Crew, chunks_of, lock};
 use crate::{DirectSupport, SourceFile, StorageFacts};
 
 /// From so many bytes on, several threads ask what is resident: that takes the kernel some 20 ms per GB where pages are kept
-/// one by one (benches/runs/2026-11-28-memory-and-pages.md), and a thread takes 0.05 ms to make.
+/// one by one (benches/runs/2026-11-28-memory-and-pages.md), far longer than it takes to make a thread. Not measured itself.
 const COUNT_IN_PARALLEL_MIN_BYTES: u64 = 512 << 20;
-/// What is counted is shared by all threads: more only wait for each other.
+/// Two were measured; a limit, because making hundreds on a large machine would cost more than it spares.
 const MAX_COUNTING_THREADS: usize = 8;
 /// So that all are done at about the same time.
 const PIECES_PER_THREAD: u64 = 4;
