@@ -334,7 +334,7 @@ mod tests {
         assert_eq!(present(&windows, &map), 0);
         // Who claims to know is believed.
         let known = ByWindows::new(true).unwrap();
-        known.populate(&file, &map, &(0..LEN));
+        known.populate(&file, &map, &(0..2 * LEN));
         assert!(present(&known, &map) > 0);
     }
 }
