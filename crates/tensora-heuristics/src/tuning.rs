@@ -26,10 +26,10 @@ pub(crate) const PARTLY_RESIDENT_PERCENT: u64 = 2;
 /// benches/runs/2026-11-23-2cpu-23gib-ext4-primed).
 pub(crate) const MOSTLY_RESIDENT_PERCENT: u64 = 75;
 
-/// Per cent of the files' bytes that must be in the page cache for mapping to beat copying them and reading
-/// the rest directly. q06: 0.74 s cold mapped, 0.66 s read, 0.21 s copied
-/// (benches/runs/2026-11-23-2cpu-23gib-ext4-primed); q8: 12 s, 8 s, and 2.3 s at the same rate. By these figures
-/// the two meet at 78 % and at 84 %.
+/// Per cent of the files' bytes that must be in the page cache for mapping to pay even where populating what is missing does
+/// not: on disks with moving heads, on file systems of an unknown kind, for short requests. Not measured there; on the fast
+/// disk, q06 took 0.74 s cold mapped, 0.66 s read and 0.21 s copied (benches/runs/2026-11-23-2cpu-23gib-ext4-primed), q8
+/// 12 s, 8 s, and 2.3 s at the same rate, by which mapping and copying meet at 78 % and at 84 %.
 pub(crate) const MAP_RESIDENT_PERCENT: u64 = 80;
 
 /// Bytes up to which a load whose files are not in the page cache is mapped where that is allowed. Of times until
@@ -40,12 +40,6 @@ pub(crate) const MAP_RESIDENT_PERCENT: u64 = 80;
 /// times in the store dialect (7 rounds, benches/runs/2026-11-28-2cpu-23gib-ext4-large/run.json). What lies between was
 /// not measured.
 pub(crate) const MAP_COLD_MAX_BYTES: u64 = 8_000_000_000;
-
-/// Bytes from which a load is mapped whose files are partly in the page cache, by `PROFILE_HALF_PERCENT` or more,
-/// however large it is. With half of them there, direct reads and copies took 0.95 and 0.83 times as long as a mapping by
-/// the two clocks (q06, 21 rounds), 1.80 and 1.43 times (6.2 GB, 7 rounds), in the same run, and 1.82 and 1.63 times (q8,
-/// 7 rounds, benches/runs/2026-11-28-2cpu-23gib-ext4-deeper/run.json). The crossing lies between the first two.
-pub(crate) const MAP_HALF_MIN_BYTES: u64 = 4_000_000_000;
 
 /// Room that dropping from the page cache leaves beside destination and files, in bytes, at least: for the
 /// rest of the machine. Not measured. Without dropping, q8 fully cached on 24 GiB took 17 to 32 s copied, and
@@ -244,7 +238,11 @@ pub(crate) const PROFILE_MIN_READ_BYTES: u64 = 64 << 20;
 pub(crate) const PROFILE_MIN_MEAN_REQUEST_BYTES: u64 = 1 << 20;
 
 /// Per cent of the files' bytes in the page cache from which times of half-resident files count, and below
-/// which those of cold ones do: half-way between the two.
+/// which those of cold ones do: half-way between the two. Without a profile, loads of any size are mapped from here on, where
+/// that is allowed. With half of the files there, direct reads and copies took 1.51 and 1.40 times as long as a mapping by the
+/// two clocks (q06, 30 rounds, benches/runs/2026-11-29-2cpu-23gib-ext4-paired/run.json), 1.80 and 1.43 times (6.2 GB, 7 rounds,
+/// benches/runs/2026-11-23-2cpu-23gib-ext4-matrix/run.json), and 1.82 and 1.63 times (q8, 7 rounds,
+/// benches/runs/2026-11-28-2cpu-23gib-ext4-deeper/run.json).
 pub(crate) const PROFILE_HALF_PERCENT: u64 = 25;
 
 /// Where the figures in explanations come from: each names the archived run in which it was measured.
@@ -281,6 +279,11 @@ pub(crate) mod evidence {
             "benches/runs/2026-11-28-2cpu-23gib-ext4-deeper/run.json"
         };
     }
+    macro_rules! paired {
+        () => {
+            "benches/runs/2026-11-29-2cpu-23gib-ext4-paired/run.json"
+        };
+    }
 
     /// Copying out of a mapping against reading, cold.
     pub(crate) const COLD_COPY_OF_MAPPING: &str = concat!(
@@ -293,19 +296,15 @@ pub(crate) mod evidence {
          each byte read once more, ",
         matrix!()
     );
-    /// Mapping against reading, half-resident, large enough to be mapped.
+    /// Mapping against reading, half-resident.
     pub(crate) const HALF_MAPPING_LEADS: &str = concat!(
-        "with half of 6.2 and 16.4 GB there, reading took 1.80 and 1.82 times as long as mapping, 1.43 and 1.63 \
-         times with each byte read once more, ",
+        "with half of 1.5, 6.2 and 16.4 GB there, reading took 1.51, 1.80 and 1.82 times as long as mapping, 1.40, \
+         1.43 and 1.63 times with each byte read once more, ",
+        paired!(),
+        ", ",
         matrix!(),
         " and ",
         deeper!()
-    );
-    /// The same, too small for that.
-    pub(crate) const HALF_MAPPING_TRAILS: &str = concat!(
-        "with half of 1.5 GB there, reading took 0.95 times as long as mapping, 0.83 times with each byte \
-         read once more, ",
-        matrix!()
     );
     /// Rings against threads, half-resident and large.
     pub(crate) const HALF_RINGS_TRAIL: &str = concat!(

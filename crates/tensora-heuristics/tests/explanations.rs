@@ -220,42 +220,27 @@ fn half_resident_with_consent() {
         &resident(500),
         &policy,
         &expect![[r#"
-            plan         sync, owned memory: 16 threads, chunks of 2 MiB, direct, what is in the page cache
-                         copied.
+            plan         mmap, mapped memory: 8 workers, chunks of 4 MiB, through the page cache.
             load         1.4 GiB from 1 shard of SafeTensors, whole files: 399 tensors in 1 request.
             where        ext4 on nvme0n1, 50 % of the files in the page cache; 2 CPUs; 24 GiB of memory left
                          (machine).
 
-            memory       owned. It fits: with the reads under way the tensors take 1.43 GiB, and the machine
-                         leaves 24 GiB.
-                         Not mapped: 50 % of the files is in the page cache, and mapping pays from 80 % or 4 GB
-                         (3.73 GiB) on: copying that part while the rest is read directly is faster (with half
-                         of 1.5 GB there, reading took 0.95 times as long as mapping, 0.83 times with each byte
-                         read once more, benches/runs/2026-11-23-2cpu-23gib-ext4-matrix/run.json).
+            memory       mapped. 50 % of the files is in the page cache. Mappings are allowed, and it pays to
+                         bring the rest there and use the tensors there, since no other memory has to be zeroed
+                         and filled (with half of 1.5, 6.2 and 16.4 GB there, reading took 1.51, 1.80 and 1.82
+                         times as long as mapping, 1.40, 1.43 and 1.63 times with each byte read once more,
+                         benches/runs/2026-11-29-2cpu-23gib-ext4-paired/run.json,
+                         benches/runs/2026-11-23-2cpu-23gib-ext4-matrix/run.json and
+                         benches/runs/2026-11-28-2cpu-23gib-ext4-deeper/run.json).
+                         Not owned: it would copy what can be used in place.
 
-            backend      sync. 1.4 GiB in 1 shard: threads are at least as fast as rings on one shard (1.5 GB in
-                         1 shard took 0.59 to 0.63 s with threads and 0.59 to 0.71 s with rings,
-                         benches/runs/2026-11-hand-measurements.md).
-                         Not async: it makes the same reads as sync, each handed to Tokio's blocking pool first.
-                         Not io-uring: rings lead, by a few per cent, only from 4 GB (3.73 GiB) in several files
-                         on.
-                         Not mmap: for owned memory it copies out of the page cache, after filling that (1.5 and
-                         6.2 GB took 2.4 to 2.8 times as long as read directly,
-                         benches/runs/2026-11-23-2cpu-23gib-ext4-matrix/run.json).
+            backend      mmap. Mapped memory comes from the mmap backend only.
 
-            direct       preferred. 50 % of the files is in the page cache. The storage supports direct I/O, and
-                         direct reads saturate the device.
-                         Not buffered: reading through the page cache costs a second copy and reaches a part of
-                         the device's speed only.
+            direct       never. A mapping is the page cache itself.
 
-            resident     copy. 50 % of the files is in the page cache. Those chunks are copied at the speed of
-                         memory while the others are read directly.
-                         Not reread: the device would deliver again, more slowly, what is in memory already.
+            chunk        4 MiB. Two huge pages: enough to save calls, little enough to share out evenly.
 
-            chunk        2 MiB. Long enough for the device's full speed, short enough to keep many in flight.
-
-            workers      16. They wait for the device rather than compute, so the device's queue decides, not
-                         the CPUs.
+            workers      8. Populating waits for the device, so more workers than CPUs keep that busy.
 
             queue depth  1. Only rings keep more than one read in flight per worker.
         "#]],

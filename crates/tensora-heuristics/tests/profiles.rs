@@ -277,9 +277,10 @@ fn mapping_is_weighed_against_reading() {
         (1000, 1500, 100_000, Mapped),
         (1000, 1500, 5900, Mapped),
         (1000, 1500, 5000, Owned),
-        // Between them: of each GB, 40 % cold take 0.20 s read, and 60 % warm are copied meanwhile.
+        // Between them, too: of each GB, 40 % cold take 0.20 s read, and 60 % warm are copied meanwhile.
         (600, 1600, 100_000, Owned),
-        (600, 2100, 100_000, Owned),
+        (600, 1950, 100_000, Owned),
+        (600, 2050, 100_000, Mapped),
         (600, 2200, 100_000, Mapped),
         (900, 1500, 100_000, Mapped),
         (900, 500, 100_000, Owned),

@@ -343,18 +343,9 @@ impl Case<'_> {
         }
         let percent = self.resident_percent().unwrap_or(0);
         if percent >= tuning::PROFILE_HALF_PERCENT {
-            let least = gigabytes(tuning::MAP_HALF_MIN_BYTES);
-            if read_bytes < tuning::MAP_HALF_MIN_BYTES {
-                return Err(format!(
-                    "{percent} % of the files is in the page cache, and mapping pays from {} % or {least} on: \
-                     copying that part while the rest is read directly is faster ({})",
-                    tuning::MAP_RESIDENT_PERCENT,
-                    evidence::HALF_MAPPING_TRAILS
-                ));
-            }
             return Ok(format!(
-                "{} Mappings are allowed, and from {least} on it pays to bring the rest there and use the \
-                 tensors there, since no other memory has to be zeroed and filled ({}).",
+                "{} Mappings are allowed, and it pays to bring the rest there and use the tensors there, since \
+                 no other memory has to be zeroed and filled ({}).",
                 self.whereabouts(),
                 evidence::HALF_MAPPING_LEADS
             ));
