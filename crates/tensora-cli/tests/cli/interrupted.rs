@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
 use crate::support::{Answer, args, digest, names, run, skip, sparse_layers};
@@ -53,11 +54,11 @@ impl Slow {
         arguments.into_iter().chain(options).collect()
     }
 
-    /// Started by a shell after `prelude`.
+    /// Started by a shell after `prelude`, and behind whoever wants to interrupt it where processors are busy.
     fn start(&self, prelude: &str, options: &[&str]) -> Child {
         Command::new("sh")
             .arg("-c")
-            .arg(format!("{prelude} exec \"$0\" \"$@\""))
+            .arg(format!("{prelude} exec nice -n 19 \"$0\" \"$@\""))
             .arg(env!("CARGO_BIN_EXE_tensora"))
             .args(self.arguments(options))
             .stdout(Stdio::piped())
@@ -81,11 +82,11 @@ impl Slow {
 
     /// Interrupts a conversion such that finished files are left; how many. `None` when it was too fast
     /// each time, which is counted as a skip.
-    fn interrupt(&self, name: &str, status: i32) -> Option<u64> {
+    fn interrupt(&self, with: Signal, status: i32) -> Option<u64> {
         for _ in 0..10 {
             let child = self.start("", &["--restart", "--force"]);
             self.wait_until_under_way();
-            signal(&child, name);
+            signal(&child, with);
             let answer = Answer::from(child.wait_with_output().unwrap());
             if answer.status == Some(0) {
                 continue;
@@ -113,20 +114,18 @@ fn kept_files(error: &str) -> Option<u64> {
     line.split(' ').next()?.parse().ok()
 }
 
-fn signal(child: &Child, name: &str) {
+/// By a call, since a conversion can be over before a command that sends signals has started.
+fn signal(child: &Child, signal: Signal) {
     // Not waited for yet, so the number is still the child's, even if it has ended.
-    let kill = Command::new("kill")
-        .args([&format!("-{name}"), &child.id().to_string()])
-        .status();
-    assert!(kill.unwrap().success());
+    kill_process(Pid::from_child(child), signal).unwrap();
 }
 
 /// Ctrl-C and its kin leave what `--resume` finishes, and the target is no checkpoint meanwhile.
 #[test]
 fn an_interrupt_leaves_a_state_that_resume_finishes() {
-    for (name, status) in [("INT", 130), ("TERM", 143), ("HUP", 129)] {
+    for (signal, status) in [(Signal::INT, 130), (Signal::TERM, 143), (Signal::HUP, 129)] {
         let slow = Slow::new();
-        let Some(kept) = slow.interrupt(name, status) else {
+        let Some(kept) = slow.interrupt(signal, status) else {
             return;
         };
         if !slow.target.join("tensor_index.json").exists() {
@@ -149,7 +148,7 @@ fn an_interrupt_leaves_a_state_that_resume_finishes() {
 #[test]
 fn restart_begins_anew() {
     let slow = Slow::new();
-    if slow.interrupt("INT", 130).is_none() {
+    if slow.interrupt(Signal::INT, 130).is_none() {
         return;
     }
     let report = run(slow.arguments(&["--restart", "--force", "--json"])).json();
@@ -190,7 +189,7 @@ fn a_killed_conversion_is_resumed() {
 #[test]
 fn only_the_same_conversion_is_resumed() {
     let slow = Slow::new();
-    if slow.interrupt("INT", 130).is_none() {
+    if slow.interrupt(Signal::INT, 130).is_none() {
         return;
     }
     let mut other = slow.arguments(&["--resume", "--force"]);
@@ -219,11 +218,15 @@ fn resuming_nothing_writes_everything() {
 #[cfg(target_os = "linux")]
 #[test]
 fn a_signal_that_was_ignored_stays_ignored() {
-    for name in ["INT", "TERM", "HUP"] {
+    for (name, number) in [
+        ("INT", Signal::INT),
+        ("TERM", Signal::TERM),
+        ("HUP", Signal::HUP),
+    ] {
         let slow = Slow::new();
         let child = slow.start(&format!("trap '' {name};"), &[]);
         slow.wait_until_under_way();
-        signal(&child, name);
+        signal(&child, number);
         Answer::from(child.wait_with_output().unwrap()).text();
         assert!(slow.is_complete());
     }
@@ -249,11 +252,11 @@ fn a_source_that_changes_is_an_error() {
     let slow = Slow::new();
     let child = slow.start("", &[]);
     slow.wait_until_under_way();
-    signal(&child, "STOP");
+    signal(&child, Signal::STOP);
     let length = LAYERS * LAYER_BYTES / 2;
     let source = OpenOptions::new().write(true).open(&slow.source).unwrap();
     source.set_len(length).unwrap();
-    signal(&child, "CONT");
+    signal(&child, Signal::CONT);
     let answer = Answer::from(child.wait_with_output().unwrap());
     if answer.status == Some(0) {
         skip("a source that changes", "the conversion was too fast here");
