@@ -159,6 +159,9 @@ fn whereabouts(platform: &Platform) -> String {
                 None => String::new(),
             };
             let resident = match resident_percent(storage) {
+                Some(percent) if storage.resident_is_estimate => {
+                    format!("{percent} % (by a sample)")
+                }
                 Some(percent) => format!("{percent} %"),
                 None => "an unknown part".to_owned(),
             };

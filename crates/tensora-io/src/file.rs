@@ -16,8 +16,8 @@ pub struct SourceFile {
     file: File,
     len: u64,
     direct: OnceLock<Result<DirectFile, DirectRefusal>>,
-    #[cfg(all(feature = "io-uring", target_os = "linux", not(tensora_portable)))]
-    on_fuse: OnceLock<bool>,
+    #[cfg(all(target_os = "linux", not(tensora_portable)))]
+    file_system_magic: OnceLock<Option<u32>>,
 }
 
 /// What tells a file of this machine from others, and from itself after a change; see [`SourceFile::identity`].
@@ -43,8 +43,8 @@ impl SourceFile {
             path,
             file,
             direct: OnceLock::new(),
-            #[cfg(all(feature = "io-uring", target_os = "linux", not(tensora_portable)))]
-            on_fuse: OnceLock::new(),
+            #[cfg(all(target_os = "linux", not(tensora_portable)))]
+            file_system_magic: OnceLock::new(),
         })
     }
 
@@ -114,15 +114,24 @@ impl SourceFile {
         &self.file
     }
 
-    /// Whether a process serves its file system, or may do so as far as the system says. That process is asked once.
+    /// What `statfs` says of the kind of its file system; `None` when it does not. Who serves a file system is asked once.
+    #[cfg(all(target_os = "linux", not(tensora_portable)))]
+    pub(crate) fn file_system_magic(&self) -> Option<u32> {
+        *self.file_system_magic.get_or_init(|| {
+            // The field is of another width and sign on every architecture; magic numbers have 32 bits.
+            let kind = i128::from(rustix::fs::fstatfs(&self.file).ok()?.f_type);
+            Some((kind & 0xFFFF_FFFF) as u32)
+        })
+    }
+
+    /// Whether a process serves its file system, or may do so as far as the system says.
     #[cfg(all(feature = "io-uring", target_os = "linux", not(tensora_portable)))]
     pub(crate) fn is_on_fuse(&self) -> bool {
-        /// What `statfs` says of every such file system.
-        const FUSE_SUPER_MAGIC: rustix::fs::FsWord = 0x6573_5546;
+        /// That of every such file system.
+        const FUSE_SUPER_MAGIC: u32 = 0x6573_5546;
 
-        *self.on_fuse.get_or_init(|| {
-            rustix::fs::fstatfs(&self.file).map_or(true, |facts| facts.f_type == FUSE_SUPER_MAGIC)
-        })
+        self.file_system_magic()
+            .is_none_or(|magic| magic == FUSE_SUPER_MAGIC)
     }
 
     /// The descriptor for direct reads and its alignment, or why there is none. What a later try

@@ -37,8 +37,8 @@ pub struct PopulateParams {
     pub chunk_bytes: u64,
     /// Threads, the calling one among them; 0 counts as 1.
     pub workers: u32,
-    /// Whether the caller has just found all of it in the page cache, so that nobody needs to ask again. Where that is
-    /// wrong, or not true any more, populating takes longer, and nothing else comes of it.
+    /// Whether the caller has just found all of it in the page cache, or all of a sample, so that nobody needs to ask again.
+    /// Where that is wrong, or not true any more, populating takes longer, and nothing else comes of it.
     pub known_resident: bool,
 }
 

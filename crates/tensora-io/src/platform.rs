@@ -272,6 +272,9 @@ pub struct StorageFacts {
     pub file_bytes: u64,
     /// Bytes of these files that are in the page cache; `None` when the system does not tell.
     pub resident_bytes: Option<u64>,
+    /// Whether that was not counted: all of a sample was there, so all is taken to be, see [`StorageFacts::probe`].
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub resident_is_estimate: bool,
 }
 
 impl StorageFacts {
@@ -290,10 +293,11 @@ impl StorageFacts {
             },
             file_bytes: 0,
             resident_bytes: None,
+            resident_is_estimate: false,
         }
     }
 
-    /// Whether all bytes of the files were in the page cache; `false` where the system does not tell.
+    /// Whether all bytes of the files were in the page cache, or all of a sample of them; `false` where the system does not tell.
     pub fn is_resident(&self) -> bool {
         self.resident_bytes == Some(self.file_bytes)
     }

@@ -17,7 +17,7 @@ impl SourceFile {
     /// write to it.
     pub fn resident_bytes(&self, range: Range<u64>) -> Option<u64> {
         let end = range.end.min(self.len());
-        sys::resident_bytes(self.file(), range.start.min(end)..end)
+        sys::resident_bytes(self, range.start.min(end)..end)
     }
 
     /// Asks the system to drop a range from the page cache. Nothing depends on whether it does.
@@ -49,7 +49,9 @@ mod sys {
     use std::io;
     use std::ops::Range;
 
-    pub(super) fn resident_bytes(_file: &File, _range: Range<u64>) -> Option<u64> {
+    use crate::SourceFile;
+
+    pub(super) fn resident_bytes(_file: &SourceFile, _range: Range<u64>) -> Option<u64> {
         None
     }
 
@@ -74,8 +76,8 @@ mod sys {
     use rustix::fs::{Advice, fadvise};
     use rustix::mm::{MapFlags, ProtFlags, mmap, munmap};
 
-    use crate::FileSystemClass;
     use crate::storage::class_by_magic;
+    use crate::{FileSystemClass, SourceFile};
 
     pub(super) fn evict(file: &File) -> io::Result<()> {
         Ok(fadvise(file, 0, None, Advice::DontNeed)?)
@@ -90,13 +92,14 @@ mod sys {
     }
 
     /// `range` lies inside the file.
-    pub(super) fn resident_bytes(file: &File, range: Range<u64>) -> Option<u64> {
+    pub(super) fn resident_bytes(file: &SourceFile, range: Range<u64>) -> Option<u64> {
         // On a stacked file system the pages belong to the file below, and `cachestat`, asked about the
         // file above, answers 0. A mapping refers to the file that holds the pages.
         let stacked = matches!(
             class_by_magic(file),
             Some(FileSystemClass::Overlay | FileSystemClass::Fuse)
         );
+        let file = file.file();
         if stacked {
             by_mincore(file, range)
         } else {

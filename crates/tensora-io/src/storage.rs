@@ -1,10 +1,21 @@
 //! Where files are stored: file system, device, and what is in the page cache.
 
 use std::num::NonZero;
+use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
 use crate::workers::{Crew, chunks_of, lock};
 use crate::{DirectSupport, SourceFile, StorageFacts};
+
+/// From so many bytes on, a sample is asked about first: counting that much can take a millisecond.
+const SAMPLE_MIN_BYTES: u64 = 64 << 20;
+/// What one answer is about. Sixteen pages cost little beside the call.
+const SAMPLE_BYTES: u64 = 64 << 10;
+/// The files are cut into stretches of this length or more, and one sample is taken of each, which takes 2 % of the time that
+/// counting takes.
+const STRETCH_MIN_BYTES: u64 = 4 << 20;
+/// Stretches are so long that there are no more than this, and one for each file: a millisecond or two.
+const MAX_STRETCHES: u64 = 1024;
 
 /// From so many bytes on, several threads ask what is resident: that takes the kernel some 20 ms per GB where pages are kept
 /// one by one (benches/runs/2026-11-28-memory-and-pages.md), far longer than it takes to make a thread. Not measured itself.
@@ -20,11 +31,16 @@ impl StorageFacts {
     /// Examines the place that `files` are stored in.
     ///
     /// Takes well under a millisecond per file: a few system calls, one read of the table of mounts,
-    /// and the trial of direct I/O, which each file remembers. Counting what is in the page cache can take 20 ms per
-    /// gigabyte that is there; from 512 MiB on, up to 8 threads do it together. Where the files differ, the most
+    /// and the trial of direct I/O, which each file remembers. Where the files differ, the most
     /// restrictive answer stands, in full: network before user-space server before overlay before
     /// unknown before local before memory. Without files nothing is known, see
     /// [`StorageFacts::unknown`].
+    ///
+    /// What is in the page cache of 64 MiB or more is first asked about 64 KiB in every 4 MiB, or in every 1024th part of the
+    /// files if that is longer. If all of that is there, all of the files is taken to be, and
+    /// [`resident_is_estimate`](Self::resident_is_estimate) says so; a gap twice as long as a stretch of that length cannot be
+    /// missed, and shorter ones only if none of them meets a sample. Otherwise it is counted, which can take 20 ms
+    /// per gigabyte that is there; from 512 MiB on, up to 8 threads do it together.
     ///
     /// ```
     /// # let directory = tempfile::tempdir()?;
@@ -42,12 +58,19 @@ impl StorageFacts {
         if files.is_empty() {
             return Self::unknown();
         }
+        let file_bytes = files
+            .iter()
+            .fold(0_u64, |sum, file| sum.saturating_add(file.len()));
+        let seems_resident = file_bytes >= SAMPLE_MIN_BYTES && seems_resident(files, file_bytes);
         let facts = Self {
             direct: combine_direct(files.iter().map(|file| (*file, file.direct_support()))),
-            file_bytes: files
-                .iter()
-                .fold(0, |sum, file| sum.saturating_add(file.len())),
-            resident_bytes: resident_bytes(files),
+            file_bytes,
+            resident_bytes: if seems_resident {
+                Some(file_bytes)
+            } else {
+                count_resident(files, file_bytes)
+            },
+            resident_is_estimate: seems_resident,
             ..Self::unknown()
         };
         #[cfg(all(target_os = "linux", not(tensora_portable)))]
@@ -56,11 +79,38 @@ impl StorageFacts {
     }
 }
 
+/// Whether all samples of these files, which have so many bytes together, are in the page cache.
+fn seems_resident(files: &[&SourceFile], total_bytes: u64) -> bool {
+    let stretch_bytes = total_bytes
+        .div_ceil(MAX_STRETCHES)
+        .max(STRETCH_MIN_BYTES)
+        .next_multiple_of(SAMPLE_BYTES);
+    files.iter().all(|file| {
+        samples(file.len(), stretch_bytes).all(|sample| {
+            let sample_bytes = sample.end - sample.start;
+            file.resident_bytes(sample) == Some(sample_bytes)
+        })
+    })
+}
+
+/// A range of each stretch of a file of this length: always the same ones, but scattered, so that what is missing at
+/// regular distances does not lie between them all.
+fn samples(file_bytes: u64, stretch_bytes: u64) -> impl Iterator<Item = Range<u64>> {
+    /// 2⁶⁴ divided by the golden ratio: its multiples, modulo 2⁶⁴, are spread evenly however many there are.
+    const SCATTER: u64 = 0x9E37_79B9_7F4A_7C15;
+
+    (1_u64..)
+        .zip(chunks_of(&(0..file_bytes), stretch_bytes))
+        .map(|(number, stretch)| {
+            let places = ((stretch.end - stretch.start) / SAMPLE_BYTES).max(1);
+            let place = (number.wrapping_mul(SCATTER) >> 32) % places;
+            let start = stretch.start + place * SAMPLE_BYTES;
+            start..(start + SAMPLE_BYTES).min(stretch.end)
+        })
+}
+
 /// How many bytes of these files are in the page cache; `None` when the system does not tell of one.
-fn resident_bytes(files: &[&SourceFile]) -> Option<u64> {
-    let total_bytes = files
-        .iter()
-        .fold(0_u64, |sum, file| sum.saturating_add(file.len()));
+fn count_resident(files: &[&SourceFile], total_bytes: u64) -> Option<u64> {
     let threads = if total_bytes < COUNT_IN_PARALLEL_MIN_BYTES {
         1
     } else {
@@ -139,7 +189,7 @@ mod linux {
     use std::os::unix::fs::{FileTypeExt, MetadataExt};
     use std::path::{Path, PathBuf};
 
-    use rustix::fs::{AtFlags, StatxFlags, fstatfs, major, minor, statx};
+    use rustix::fs::{AtFlags, StatxFlags, major, minor, statx};
 
     use crate::probe::mounts::{Mount, mounts};
     use crate::probe::read_text;
@@ -232,7 +282,7 @@ mod linux {
             let mount = mount_id(file.file());
             places
                 .entry((device, mount))
-                .or_insert_with(|| place(file.file(), device, mount, &mounts));
+                .or_insert_with(|| place(file, device, mount, &mounts));
         }
         match most_restrictive(places.into_values()) {
             Some(place) => StorageFacts {
@@ -276,10 +326,15 @@ mod linux {
         }
     }
 
-    fn place(file: &File, device: Option<u64>, mount: Option<u64>, mounts: &[Mount]) -> Place {
+    fn place(
+        file: &SourceFile,
+        device: Option<u64>,
+        mount: Option<u64>,
+        mounts: &[Mount],
+    ) -> Place {
         let device = device.map(|device| (major(device), minor(device)));
         let mount = find_mount(mounts, device, mount);
-        let (file_system, class) = identify(magic(file), mount);
+        let (file_system, class) = identify(file.file_system_magic(), mount);
         let device = match block_device_directory(device, mount, class) {
             Some((directory, fallback)) => block_device(&directory, fallback),
             None => Device::default(),
@@ -308,15 +363,9 @@ mod linux {
             .or_else(|| mounts.iter().find(|mount| Some(mount.device) == device))
     }
 
-    fn magic(file: &File) -> Option<u32> {
-        // The field is of another width and sign on every architecture; magic numbers have 32 bits.
-        let kind = i128::from(fstatfs(file).ok()?.f_type);
-        Some((kind & 0xFFFF_FFFF) as u32)
-    }
-
     /// The class of the file system, as far as its magic number tells.
-    pub(crate) fn class_by_magic(file: &File) -> Option<FileSystemClass> {
-        by_magic(magic(file)?).map(|(_, _, class)| class)
+    pub(crate) fn class_by_magic(file: &SourceFile) -> Option<FileSystemClass> {
+        by_magic(file.file_system_magic()?).map(|(_, _, class)| class)
     }
 
     fn by_magic(magic: u32) -> Option<(u32, &'static str, FileSystemClass)> {
@@ -579,7 +628,45 @@ mod linux {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+
+    proptest! {
+        /// One in each stretch, so that none can be missing as a whole; of a small file all.
+        #[test]
+        fn samples_lie_in_every_stretch(
+            file_bytes in 0_u64..1 << 40,
+            small in any::<bool>(),
+            steps in 64_u64..1 << 14,
+        ) {
+            let file_bytes = if small { file_bytes % (SAMPLE_BYTES * 2) } else { file_bytes };
+            let stretch_bytes = steps * SAMPLE_BYTES;
+            let samples: Vec<_> = samples(file_bytes, stretch_bytes).take(5000).collect();
+            let stretches = file_bytes.div_ceil(stretch_bytes);
+            prop_assert_eq!(samples.len() as u64, stretches.min(5000));
+            for (number, sample) in (0..).zip(&samples) {
+                let stretch = number * stretch_bytes..((number + 1) * stretch_bytes).min(file_bytes);
+                prop_assert!(stretch.start <= sample.start && sample.end <= stretch.end);
+                let sample_bytes = sample.end - sample.start;
+                prop_assert_eq!(sample_bytes, SAMPLE_BYTES.min(stretch.end - stretch.start));
+            }
+        }
+    }
+
+    /// Of the stretches of a file no two in a row, and no more than a few in all, are asked about at the same place.
+    #[test]
+    fn samples_are_scattered() {
+        let places: Vec<_> = samples(1 << 32, STRETCH_MIN_BYTES)
+            .map(|sample| sample.start % STRETCH_MIN_BYTES / SAMPLE_BYTES)
+            .collect();
+        assert_eq!(places.len(), 1024);
+        assert!(places.windows(2).all(|pair| pair[0] != pair[1]));
+        for place in 0..STRETCH_MIN_BYTES / SAMPLE_BYTES {
+            let count = places.iter().filter(|&&other| other == place).count();
+            assert!((8..=32).contains(&count), "{count} at {place}");
+        }
+    }
 
     fn supported(offset_align_bytes: u32, memory_align_bytes: u32) -> DirectSupport {
         DirectSupport::Supported {

@@ -461,8 +461,72 @@ fn residency_of_large_files_is_the_sum_of_theirs() {
     assert_eq!(storage.resident_bytes, Some(one_by_one.iter().sum()));
     assert!(one_by_one[0] >= 9 << 20, "{one_by_one:?}");
     assert!(!storage.is_resident());
+    assert!(!storage.resident_is_estimate);
     let small = StorageFacts::probe(&[&files[2]]);
     assert!(small.is_resident());
+    assert!(!small.resident_is_estimate);
+}
+
+/// A plan that takes all for resident because a sample is, is wrong about little.
+#[cfg(all(target_os = "linux", not(tensora_portable)))]
+#[test]
+fn no_long_gap_escapes_the_sample() {
+    use rustix::fs::{Advice, fadvise};
+
+    const LENGTHS: [u64; 2] = [(96 << 20) + 4097, 40 << 20];
+    /// Twice the distance of samples, and as much again as large folios may keep at both ends.
+    const GAP_BYTES: u64 = 16 << 20;
+
+    let directory = directory();
+    let files: Vec<_> = (0..)
+        .zip(LENGTHS)
+        .map(|(number, length)| {
+            let path = directory.path().join(format!("{number}"));
+            File::create(&path).unwrap().set_len(length).unwrap();
+            SourceFile::open(path).unwrap()
+        })
+        .collect();
+    let fill = || {
+        for file in &files {
+            std::io::copy(&mut file.file(), &mut std::io::sink()).unwrap();
+            std::io::Seek::rewind(&mut file.file()).unwrap();
+        }
+    };
+    let probe = || StorageFacts::probe(&files.iter().collect::<Vec<_>>());
+    let count = || -> u64 {
+        files
+            .iter()
+            .map(|file| file.resident_bytes(0..file.len()).unwrap())
+            .sum()
+    };
+    fill();
+    let total = LENGTHS.iter().sum();
+    let storage = probe();
+    assert_eq!(storage.resident_bytes, Some(total));
+    assert!(storage.resident_is_estimate);
+    assert!(storage.is_resident());
+
+    let mut looked_at = 0;
+    for file in &files {
+        for start in (0..file.len()).step_by((5 << 20) + 12345) {
+            fill();
+            let gap = std::num::NonZero::new(GAP_BYTES);
+            fadvise(file.file(), start, gap, Advice::DontNeed).unwrap();
+            let missing = total - count();
+            // The end of a file is nearer, or the file system keeps its pages.
+            if missing < GAP_BYTES / 2 {
+                continue;
+            }
+            let storage = probe();
+            assert_eq!(storage.resident_bytes, Some(total - missing));
+            assert!(!storage.resident_is_estimate, "{start}");
+            assert!(!storage.is_resident());
+            looked_at += 1;
+        }
+    }
+    if looked_at == 0 {
+        skip_support::skip("no long gap escapes the sample: the file system keeps its pages");
+    }
 }
 
 #[test]

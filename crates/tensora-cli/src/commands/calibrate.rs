@@ -149,6 +149,7 @@ fn replanned(
             CacheState::Half => storage.file_bytes / 2,
             CacheState::Warm => storage.file_bytes,
         });
+        storage.resident_is_estimate = false;
     }
     heuristics::plan(&plan.workload, &platform, policy).ok()
 }

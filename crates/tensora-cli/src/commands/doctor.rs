@@ -418,14 +418,21 @@ fn direct(direct: &DirectSupport) -> Finding {
 
 fn page_cache(facts: &StorageFacts) -> Finding {
     match facts.resident_bytes {
-        Some(bytes) => Finding::ok(
-            "page cache",
-            format!(
-                "holds {} of the files: {}",
-                share(bytes, facts.file_bytes),
-                size_exactly(bytes)
-            ),
-        ),
+        Some(bytes) => {
+            let sample = if facts.resident_is_estimate {
+                ", as far as a sample tells"
+            } else {
+                ""
+            };
+            Finding::ok(
+                "page cache",
+                format!(
+                    "holds {} of the files: {}{sample}",
+                    share(bytes, facts.file_bytes),
+                    size_exactly(bytes)
+                ),
+            )
+        }
         None => Finding::note(
             "page cache",
             "the system does not tell what it holds of the files",
@@ -632,5 +639,13 @@ mod tests {
                 .all(|finding| finding.verdict == Verdict::Ok)
         );
         assert_eq!(findings[3].finding, "holds 25 % of the files: 50 bytes");
+
+        facts.resident_bytes = Some(200);
+        facts.resident_is_estimate = true;
+        let finding = page_cache(&facts).finding;
+        assert_eq!(
+            finding,
+            "holds 100 % of the files: 200 bytes, as far as a sample tells"
+        );
     }
 }

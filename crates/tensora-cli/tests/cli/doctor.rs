@@ -90,7 +90,13 @@ fn json_describes_the_storage_of_a_checkpoint() {
             ("file_bytes", "count"),
         ],
     );
-    for field in ["device", "rotational", "resident_bytes", "resident_share"] {
+    for field in [
+        "device",
+        "rotational",
+        "resident_bytes",
+        "resident_is_estimate",
+        "resident_share",
+    ] {
         assert!(storage.get(field).is_some(), "{field}: {storage}");
     }
     assert!(
