@@ -27,9 +27,10 @@ pub(crate) const PARTLY_RESIDENT_PERCENT: u64 = 2;
 pub(crate) const MOSTLY_RESIDENT_PERCENT: u64 = 75;
 
 /// Per cent of the files' bytes that must be in the page cache for mapping to pay even where populating what is missing does
-/// not: on disks with moving heads, on file systems of an unknown kind, for short requests. Not measured there; on the fast
-/// disk, q06 took 0.74 s cold mapped, 0.66 s read and 0.21 s copied (benches/runs/2026-11-23-2cpu-23gib-ext4-primed), q8
-/// 12 s, 8 s, and 2.3 s at the same rate, by which mapping and copying meet at 78 % and at 84 %.
+/// not: on disks with moving heads, on file systems of an unknown kind, for short requests, where memory is short. Not measured
+/// there; on the fast disk, q06 took 0.74 s cold mapped, 0.66 s read and 0.21 s copied
+/// (benches/runs/2026-11-23-2cpu-23gib-ext4-primed), q8 12 s, 8 s, and 2.3 s at the same rate, by which mapping and copying
+/// meet at 78 % and at 84 %.
 pub(crate) const MAP_RESIDENT_PERCENT: u64 = 80;
 
 /// Bytes up to which a load whose files are not in the page cache is mapped where that is allowed. Of times until
@@ -239,7 +240,7 @@ pub(crate) const PROFILE_MIN_MEAN_REQUEST_BYTES: u64 = 1 << 20;
 
 /// Per cent of the files' bytes in the page cache from which times of half-resident files count, and below
 /// which those of cold ones do: half-way between the two. Without a profile, loads of any size are mapped from here on, where
-/// that is allowed. With half of the files there, direct reads and copies took 1.51 and 1.40 times as long as a mapping by the
+/// that is allowed; other shares than a half were not measured. With half of the files there, direct reads and copies took 1.51 and 1.40 times as long as a mapping by the
 /// two clocks (q06, 30 rounds, benches/runs/2026-11-29-2cpu-23gib-ext4-paired/run.json), 1.80 and 1.43 times (6.2 GB, 7 rounds,
 /// benches/runs/2026-11-23-2cpu-23gib-ext4-matrix/run.json), and 1.82 and 1.63 times (q8, 7 rounds,
 /// benches/runs/2026-11-28-2cpu-23gib-ext4-deeper/run.json).

@@ -493,6 +493,20 @@ fn as_json() {
 }
 
 #[test]
+fn an_estimate_is_called_one() {
+    let mut platform = resident(1000);
+    if let Some(storage) = &mut platform.storage {
+        storage.resident_is_estimate = true;
+    }
+    let plan = plan(&one_shard(), &platform, &Policy::default()).expect("there is a plan");
+    let text = plan.to_string();
+    assert!(
+        text.contains("100 % (by a sample) of the files in the page cache"),
+        "{text}"
+    );
+}
+
+#[test]
 fn half_resident() {
     explains(
         &five_shards(),

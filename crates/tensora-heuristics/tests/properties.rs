@@ -97,6 +97,7 @@ fn storage() -> impl Strategy<Value = StorageFacts> {
                 0..=100 => file_bytes / 100 * percent,
                 _ => any,
             });
+            storage.resident_is_estimate = storage.is_resident() && file_bytes % 2 == 0;
             storage
         })
 }

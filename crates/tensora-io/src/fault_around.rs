@@ -29,7 +29,7 @@ pub(crate) struct ByWindows {
     /// The page table of this process, as the kernel shows it.
     pagemap: File,
     page_bytes: usize,
-    /// The caller has found everything in the page cache, so that chunks are not asked about.
+    /// The caller has found everything in the page cache, or all of a sample, so that chunks are not asked about.
     known_resident: bool,
     /// Chunks in a row of which most pages stayed away.
     failures: AtomicU32,

@@ -17,7 +17,7 @@ pub struct SourceFile {
     len: u64,
     direct: OnceLock<Result<DirectFile, DirectRefusal>>,
     #[cfg(all(target_os = "linux", not(tensora_portable)))]
-    file_system_magic: OnceLock<Option<u32>>,
+    file_system_magic: OnceLock<u32>,
 }
 
 /// What tells a file of this machine from others, and from itself after a change; see [`SourceFile::identity`].
@@ -114,14 +114,20 @@ impl SourceFile {
         &self.file
     }
 
-    /// What `statfs` says of the kind of its file system; `None` when it does not. Who serves a file system is asked once.
+    /// What `statfs` says of the kind of its file system; `None` when it does not. Who serves a file system is asked
+    /// until there is an answer.
     #[cfg(all(target_os = "linux", not(tensora_portable)))]
     pub(crate) fn file_system_magic(&self) -> Option<u32> {
-        *self.file_system_magic.get_or_init(|| {
-            // The field is of another width and sign on every architecture; magic numbers have 32 bits.
-            let kind = i128::from(rustix::fs::fstatfs(&self.file).ok()?.f_type);
-            Some((kind & 0xFFFF_FFFF) as u32)
-        })
+        if let Some(known) = self.file_system_magic.get() {
+            return Some(*known);
+        }
+        // The field is of another width and sign on every architecture; magic numbers have 32 bits.
+        let kind = i128::from(rustix::fs::fstatfs(&self.file).ok()?.f_type);
+        Some(
+            *self
+                .file_system_magic
+                .get_or_init(|| (kind & 0xFFFF_FFFF) as u32),
+        )
     }
 
     /// Whether a process serves its file system, or may do so as far as the system says.

@@ -20,6 +20,12 @@ impl SourceFile {
         sys::resident_bytes(self, range.start.min(end)..end)
     }
 
+    /// The same if it takes microseconds to say; `None` where it takes more, or the system does not tell.
+    pub(crate) fn quick_resident_bytes(&self, range: Range<u64>) -> Option<u64> {
+        let end = range.end.min(self.len());
+        sys::quick_resident_bytes(self, range.start.min(end)..end)
+    }
+
     /// Asks the system to drop a range from the page cache. Nothing depends on whether it does.
     #[cfg_attr(
         not(all(target_os = "linux", not(tensora_portable))),
@@ -52,6 +58,10 @@ mod sys {
     use crate::SourceFile;
 
     pub(super) fn resident_bytes(_file: &SourceFile, _range: Range<u64>) -> Option<u64> {
+        None
+    }
+
+    pub(super) fn quick_resident_bytes(_file: &SourceFile, _range: Range<u64>) -> Option<u64> {
         None
     }
 
@@ -93,22 +103,21 @@ mod sys {
 
     /// `range` lies inside the file.
     pub(super) fn resident_bytes(file: &SourceFile, range: Range<u64>) -> Option<u64> {
+        quick_resident_bytes(file, range.clone()).or_else(|| by_mincore(file.file(), range))
+    }
+
+    /// `range` lies inside the file, and is not long.
+    pub(super) fn quick_resident_bytes(file: &SourceFile, range: Range<u64>) -> Option<u64> {
         // On a stacked file system the pages belong to the file below, and `cachestat`, asked about the
         // file above, answers 0. A mapping refers to the file that holds the pages.
         let stacked = matches!(
             class_by_magic(file),
             Some(FileSystemClass::Overlay | FileSystemClass::Fuse)
         );
-        let file = file.file();
         if stacked {
-            by_mincore(file, range)
-        } else {
-            by_cachestat(file, range.clone()).or_else(|| by_mincore(file, range))
+            return None;
         }
-    }
-
-    fn by_cachestat(file: &File, range: Range<u64>) -> Option<u64> {
-        bytes_of_pages(range, page_bytes(), |pages| cachestat(file, pages))
+        bytes_of_pages(range, page_bytes(), |pages| cachestat(file.file(), pages))
     }
 
     fn by_mincore(file: &File, range: Range<u64>) -> Option<u64> {

@@ -11,11 +11,10 @@ use crate::{DirectSupport, SourceFile, StorageFacts};
 const SAMPLE_MIN_BYTES: u64 = 64 << 20;
 /// What one answer is about. Sixteen pages cost little beside the call.
 const SAMPLE_BYTES: u64 = 64 << 10;
-/// The files are cut into stretches of this length or more, and one sample is taken of each, which takes 2 % of the time that
-/// counting takes.
+/// The files are cut into stretches of this length or more, and one sample is taken of each: 2 % of what counting looks at.
 const STRETCH_MIN_BYTES: u64 = 4 << 20;
-/// Stretches are so long that there are no more than this, and one for each file: a millisecond or two.
-const MAX_STRETCHES: u64 = 1024;
+/// Stretches are so long that there are no more than this, and one for each file: some 2 ms.
+const MAX_STRETCHES: u64 = 2048;
 
 /// From so many bytes on, several threads ask what is resident: that takes the kernel some 20 ms per GB where pages are kept
 /// one by one (benches/runs/2026-11-28-memory-and-pages.md), far longer than it takes to make a thread. Not measured itself.
@@ -36,11 +35,11 @@ impl StorageFacts {
     /// unknown before local before memory. Without files nothing is known, see
     /// [`StorageFacts::unknown`].
     ///
-    /// What is in the page cache of 64 MiB or more is first asked about 64 KiB in every 4 MiB, or in every 1024th part of the
-    /// files if that is longer. If all of that is there, all of the files is taken to be, and
-    /// [`resident_is_estimate`](Self::resident_is_estimate) says so; a gap twice as long as a stretch of that length cannot be
-    /// missed, and shorter ones only if none of them meets a sample. Otherwise it is counted, which can take 20 ms
-    /// per gigabyte that is there; from 512 MiB on, up to 8 threads do it together.
+    /// What is in the page cache of 64 MiB or more is first asked about 64 KiB in every 4 MiB, or in every 2048th part of the
+    /// files if that is longer, where that is quick (Linux 6.5, not on stacked and user-space file systems). If all of that is
+    /// there, all of the files is taken to be, and [`resident_is_estimate`](Self::resident_is_estimate) says so; a gap twice as
+    /// long as such a stretch cannot be missed, and shorter ones only if none of them meets a sample. Otherwise it
+    /// is counted, which can take 20 ms per gigabyte that is there; from 512 MiB on, up to 8 threads do it together.
     ///
     /// ```
     /// # let directory = tempfile::tempdir()?;
@@ -88,7 +87,7 @@ fn seems_resident(files: &[&SourceFile], total_bytes: u64) -> bool {
     files.iter().all(|file| {
         samples(file.len(), stretch_bytes).all(|sample| {
             let sample_bytes = sample.end - sample.start;
-            file.resident_bytes(sample) == Some(sample_bytes)
+            file.quick_resident_bytes(sample) == Some(sample_bytes)
         })
     })
 }
@@ -96,14 +95,15 @@ fn seems_resident(files: &[&SourceFile], total_bytes: u64) -> bool {
 /// A range of each stretch of a file of this length: always the same ones, but scattered, so that what is missing at
 /// regular distances does not lie between them all.
 fn samples(file_bytes: u64, stretch_bytes: u64) -> impl Iterator<Item = Range<u64>> {
-    /// 2⁶⁴ divided by the golden ratio: its multiples, modulo 2⁶⁴, are spread evenly however many there are.
+    /// 2⁶⁴ divided by the golden ratio: its multiples, as fractions of 2⁶⁴, are spread evenly however many there are.
     const SCATTER: u64 = 0x9E37_79B9_7F4A_7C15;
 
     (1_u64..)
         .zip(chunks_of(&(0..file_bytes), stretch_bytes))
         .map(|(number, stretch)| {
             let places = ((stretch.end - stretch.start) / SAMPLE_BYTES).max(1);
-            let place = (number.wrapping_mul(SCATTER) >> 32) % places;
+            let scattered = u128::from(number.wrapping_mul(SCATTER)) * u128::from(places);
+            let place = (scattered >> 64) as u64;
             let start = stretch.start + place * SAMPLE_BYTES;
             start..(start + SAMPLE_BYTES).min(stretch.end)
         })
@@ -654,17 +654,22 @@ mod tests {
         }
     }
 
-    /// Of the stretches of a file no two in a row, and no more than a few in all, are asked about at the same place.
+    /// Of 16 stretches for each place in them, no two in a row are asked about at the same place, nor many more than 16 in all.
     #[test]
     fn samples_are_scattered() {
-        let places: Vec<_> = samples(1 << 32, STRETCH_MIN_BYTES)
-            .map(|sample| sample.start % STRETCH_MIN_BYTES / SAMPLE_BYTES)
-            .collect();
-        assert_eq!(places.len(), 1024);
-        assert!(places.windows(2).all(|pair| pair[0] != pair[1]));
-        for place in 0..STRETCH_MIN_BYTES / SAMPLE_BYTES {
-            let count = places.iter().filter(|&&other| other == place).count();
-            assert!((8..=32).contains(&count), "{count} at {place}");
+        for all_places in [64, 65, 66, 100, 127, 1024] {
+            let stretch_bytes = all_places * SAMPLE_BYTES;
+            let places: Vec<_> = samples(16 * all_places * stretch_bytes, stretch_bytes)
+                .map(|sample| sample.start % stretch_bytes / SAMPLE_BYTES)
+                .collect();
+            assert!(places.windows(2).all(|pair| pair[0] != pair[1]));
+            for place in 0..all_places {
+                let count = places.iter().filter(|&&other| other == place).count();
+                assert!(
+                    (13..=19).contains(&count),
+                    "{count} at {place} of {all_places}"
+                );
+            }
         }
     }
 

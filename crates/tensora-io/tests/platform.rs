@@ -502,9 +502,20 @@ fn no_long_gap_escapes_the_sample() {
     fill();
     let total = LENGTHS.iter().sum();
     let storage = probe();
+    if !storage.is_resident() {
+        skip_support::skip(
+            "no long gap escapes the sample: holes are not kept in the page cache here",
+        );
+        return;
+    }
     assert_eq!(storage.resident_bytes, Some(total));
-    assert!(storage.resident_is_estimate);
-    assert!(storage.is_resident());
+    let kernel = Platform::probe().kernel.unwrap();
+    let mut numbers = kernel
+        .split(['.', '-'])
+        .map(|part| part.parse::<u32>().ok());
+    let has_cachestat = (numbers.next().flatten(), numbers.next().flatten()) >= (Some(6), Some(5));
+    let is_quick = has_cachestat && storage.class == FileSystemClass::Local;
+    assert_eq!(storage.resident_is_estimate, is_quick);
 
     let mut looked_at = 0;
     for file in &files {
@@ -518,9 +529,9 @@ fn no_long_gap_escapes_the_sample() {
                 continue;
             }
             let storage = probe();
-            assert_eq!(storage.resident_bytes, Some(total - missing));
             assert!(!storage.resident_is_estimate, "{start}");
-            assert!(!storage.is_resident());
+            // Others may need memory meanwhile.
+            assert!(storage.resident_bytes.unwrap() <= total - missing);
             looked_at += 1;
         }
     }
