@@ -363,7 +363,7 @@ mod sys {
                 40 * page + 1..40 * page + 2,
             ] {
                 assert_eq!(
-                    by_cachestat(file, range.clone()),
+                    bytes_of_pages(range.clone(), page_bytes(), |pages| cachestat(file, pages)),
                     Some(by_mincore(range.clone())),
                     "{range:?}"
                 );
