@@ -240,8 +240,9 @@ pub(crate) const PROFILE_MIN_MEAN_REQUEST_BYTES: u64 = 1 << 20;
 
 /// Per cent of the files' bytes in the page cache from which times of half-resident files count, and below
 /// which those of cold ones do: half-way between the two. Without a profile, loads of any size are mapped from here on, where
-/// that is allowed; other shares than a half were not measured. With half of the files there, direct reads and copies took 1.51 and 1.40 times as long as a mapping by the
-/// two clocks (q06, 30 rounds, benches/runs/2026-11-29-2cpu-23gib-ext4-paired/run.json), 1.80 and 1.43 times (6.2 GB, 7 rounds,
+/// that is allowed; other shares than a half were not measured. With half of the files there, direct reads and copies took
+/// 1.51 and 1.40 times as long as a mapping by the two clocks (q06, 30 rounds,
+/// benches/runs/2026-11-29-2cpu-23gib-ext4-paired/run.json), 1.80 and 1.43 times (6.2 GB, 7 rounds,
 /// benches/runs/2026-11-23-2cpu-23gib-ext4-matrix/run.json), and 1.82 and 1.63 times (q8, 7 rounds,
 /// benches/runs/2026-11-28-2cpu-23gib-ext4-deeper/run.json).
 pub(crate) const PROFILE_HALF_PERCENT: u64 = 25;

@@ -20,7 +20,8 @@ impl SourceFile {
         sys::resident_bytes(self, range.start.min(end)..end)
     }
 
-    /// The same if it takes microseconds to say; `None` where it takes more, or the system does not tell.
+    /// The same, if `cachestat` tells: cheap enough to ask about many short ranges. `None` where only `mincore` could, which maps
+    /// what it is asked about, or nobody does.
     pub(crate) fn quick_resident_bytes(&self, range: Range<u64>) -> Option<u64> {
         let end = range.end.min(self.len());
         sys::quick_resident_bytes(self, range.start.min(end)..end)
@@ -106,7 +107,7 @@ mod sys {
         quick_resident_bytes(file, range.clone()).or_else(|| by_mincore(file.file(), range))
     }
 
-    /// `range` lies inside the file, and is not long.
+    /// `range` lies inside the file.
     pub(super) fn quick_resident_bytes(file: &SourceFile, range: Range<u64>) -> Option<u64> {
         // On a stacked file system the pages belong to the file below, and `cachestat`, asked about the
         // file above, answers 0. A mapping refers to the file that holds the pages.
@@ -117,7 +118,11 @@ mod sys {
         if stacked {
             return None;
         }
-        bytes_of_pages(range, page_bytes(), |pages| cachestat(file.file(), pages))
+        by_cachestat(file.file(), range)
+    }
+
+    fn by_cachestat(file: &File, range: Range<u64>) -> Option<u64> {
+        bytes_of_pages(range, page_bytes(), |pages| cachestat(file, pages))
     }
 
     fn by_mincore(file: &File, range: Range<u64>) -> Option<u64> {
@@ -363,7 +368,7 @@ mod sys {
                 40 * page + 1..40 * page + 2,
             ] {
                 assert_eq!(
-                    bytes_of_pages(range.clone(), page_bytes(), |pages| cachestat(file, pages)),
+                    by_cachestat(file, range.clone()),
                     Some(by_mincore(range.clone())),
                     "{range:?}"
                 );

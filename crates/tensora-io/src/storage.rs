@@ -13,7 +13,7 @@ const SAMPLE_MIN_BYTES: u64 = 64 << 20;
 const SAMPLE_BYTES: u64 = 64 << 10;
 /// The files are cut into stretches of this length or more, and one sample is taken of each: 2 % of what counting looks at.
 const STRETCH_MIN_BYTES: u64 = 4 << 20;
-/// Stretches are so long that there are no more than this, and one for each file: some 2 ms.
+/// Stretches are so long that there are no more than this, and one for each file: 1.1 to 1.7 ms with 9 GiB (by hand).
 const MAX_STRETCHES: u64 = 2048;
 
 /// From so many bytes on, several threads ask what is resident: that takes the kernel some 20 ms per GB where pages are kept
@@ -683,6 +683,29 @@ mod tests {
     fn unsupported(reason: &str) -> DirectSupport {
         DirectSupport::Unsupported {
             reason: reason.to_owned(),
+        }
+    }
+
+    /// And what is small is counted, whatever that costs.
+    #[test]
+    fn resident_files_are_estimated_where_asking_is_quick() {
+        let directory = tempfile::tempdir().unwrap();
+        for length in [SAMPLE_MIN_BYTES - 1, SAMPLE_MIN_BYTES] {
+            let path = directory.path().join("file");
+            let file = std::fs::File::create(&path).unwrap();
+            file.set_len(length).unwrap();
+            let read = std::fs::read(&path).unwrap();
+            assert_eq!(read.len() as u64, length);
+            let file = SourceFile::open(&path).unwrap();
+            let storage = StorageFacts::probe(&[&file]);
+            if !storage.is_resident() {
+                let what =
+                    "estimates of what is resident: holes are not kept in the page cache here";
+                return crate::skip_support::skip(what);
+            }
+            let is_quick = file.quick_resident_bytes(0..1).is_some();
+            let is_large = length >= SAMPLE_MIN_BYTES;
+            assert_eq!(storage.resident_is_estimate, is_quick && is_large);
         }
     }
 

@@ -872,6 +872,8 @@ fn memory_and_overlay_file_systems_are_read_like_others() {
         };
         let auto = load_and_compare(&directory, &trial.expected, &loader(None)).unwrap();
         expect_said(&auto.to_string(), &[file_system]);
+        // In memory it is, and an overlay says so of the pages of the file below.
+        assert!(auto.platform.storage.unwrap().is_resident());
         for &kind in &trial.usable {
             for direct in [DirectPolicy::Never, DirectPolicy::Preferred] {
                 plan(Some(kind), direct).unwrap();

@@ -54,7 +54,7 @@ impl Slow {
         arguments.into_iter().chain(options).collect()
     }
 
-    /// Started by a shell after `prelude`, and behind whoever wants to interrupt it where processors are busy.
+    /// Started by a shell after `prelude`. Where processors are busy it waits behind the test, which wants to interrupt it.
     fn start(&self, prelude: &str, options: &[&str]) -> Child {
         Command::new("sh")
             .arg("-c")
@@ -82,13 +82,13 @@ impl Slow {
 
     /// Interrupts a conversion such that finished files are left; how many. `None` when it was too fast
     /// each time, which is counted as a skip.
-    fn interrupt(&self, with: Signal, status: i32) -> Option<u64> {
+    fn interrupt(&self, sent: Signal, status: i32) -> Option<u64> {
         for _ in 0..10 {
             // What an earlier try has finished would look like progress of this one.
             let _ = fs::remove_dir_all(&self.target);
             let child = self.start("", &["--restart", "--force"]);
             self.wait_until_under_way();
-            signal(&child, with);
+            signal(&child, sent);
             let answer = Answer::from(child.wait_with_output().unwrap());
             if answer.status == Some(0) {
                 continue;
@@ -220,7 +220,7 @@ fn resuming_nothing_writes_everything() {
 #[cfg(target_os = "linux")]
 #[test]
 fn a_signal_that_was_ignored_stays_ignored() {
-    for (name, number) in [
+    for (name, sent) in [
         ("INT", Signal::INT),
         ("TERM", Signal::TERM),
         ("HUP", Signal::HUP),
@@ -228,7 +228,7 @@ fn a_signal_that_was_ignored_stays_ignored() {
         let slow = Slow::new();
         let child = slow.start(&format!("trap '' {name};"), &[]);
         slow.wait_until_under_way();
-        signal(&child, number);
+        signal(&child, sent);
         Answer::from(child.wait_with_output().unwrap()).text();
         assert!(slow.is_complete());
     }
